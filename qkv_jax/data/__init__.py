@@ -1,0 +1,33 @@
+"""Parallel text in, numpy batches of few static shapes out. No jax."""
+
+from qkv_jax.data.batching import BatchReport as BatchReport
+from qkv_jax.data.batching import BatchStream as BatchStream
+from qkv_jax.data.batching import train_iterator as train_iterator
+from qkv_jax.data.buckets import Shape as Shape
+from qkv_jax.data.buckets import choose_buckets as choose_buckets
+from qkv_jax.data.corpus import HomeAssistantData as HomeAssistantData
+from qkv_jax.data.corpus import HubData as HubData
+from qkv_jax.data.corpus import ParallelData as ParallelData
+from qkv_jax.data.encoding import EncodedPairs as EncodedPairs
+from qkv_jax.data.encoding import Sentences as Sentences
+from qkv_jax.data.encoding import encode_pairs as encode_pairs
+from qkv_jax.data.encoding import encode_sentences as encode_sentences
+from qkv_jax.data.errors import DataError as DataError
+from qkv_jax.data.evaluation import eval_batches as eval_batches
+from qkv_jax.data.evaluation import source_batches as source_batches
+from qkv_jax.data.files import cache_directory as cache_directory
+from qkv_jax.data.filters import FilterReport as FilterReport
+from qkv_jax.data.filters import Filters as Filters
+from qkv_jax.data.filters import filter_pairs as filter_pairs
+from qkv_jax.data.homeassistant import load_homeassistant as load_homeassistant
+from qkv_jax.data.hub import read_hub as read_hub
+from qkv_jax.data.parallel import Corpus as Corpus
+from qkv_jax.data.parallel import Pair as Pair
+from qkv_jax.data.parallel import read_pairs as read_pairs
+from qkv_jax.data.split import split_pairs as split_pairs
+from qkv_jax.data.tokenizer import BOS as BOS
+from qkv_jax.data.tokenizer import EOS as EOS
+from qkv_jax.data.tokenizer import PAD as PAD
+from qkv_jax.data.tokenizer import UNK as UNK
+from qkv_jax.data.tokenizer import Tokenizer as Tokenizer
+from qkv_jax.data.tokenizer import train_tokenizer as train_tokenizer

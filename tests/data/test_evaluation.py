@@ -1,0 +1,54 @@
+import numpy as np
+import pytest
+
+from qkv_jax.data import EncodedPairs, Sentences, Shape, eval_batches, source_batches
+from qkv_jax.data.tokenizer import EOS, PAD
+
+LENGTHS = [3, 1, 9, 2, 30, 3, 7]
+
+
+def make_sentences(lengths=LENGTHS):
+    return Sentences.from_lists([[10 + i] * n for i, n in enumerate(lengths)])
+
+
+def test_every_pair_comes_once_with_its_index():
+    pairs = EncodedPairs(make_sentences(), make_sentences(LENGTHS[::-1]))
+    buckets = [Shape(4, 4), Shape(8, 12), Shape(16, 16)]
+    outputs = [0] * len(LENGTHS)
+    for indices, batch in eval_batches(pairs, buckets, target_tokens=24):
+        assert len(indices) == len(batch["source"]) == 24 // batch["target"].shape[1]
+        for index, source, target in zip(indices, batch["source"], batch["target"]):
+            if index < 0:
+                assert (source == PAD).all() and (target == PAD).all()
+                continue
+            outputs[index] += 1
+            assert source[0] == target[0] == 10 + index
+            assert EOS in source and EOS in target
+    assert outputs == [1] * len(LENGTHS)
+
+
+def test_sentences_to_translate_come_once_and_long_ones_are_cut():
+    sentences = make_sentences()
+    found = {}
+    for indices, rows in source_batches(sentences, [4, 8, 16], rows=2):
+        assert rows.shape[0] == 2 and rows.shape[1] in (4, 8, 16)
+        found |= {i: row for i, row in zip(indices.tolist(), rows) if i >= 0}
+    assert sorted(found) == list(range(len(LENGTHS)))
+    assert found[4].tolist() == [14] * 15 + [EOS]
+    assert found[1].tolist() == [11, EOS, PAD, PAD]
+
+
+def test_nothing_to_translate_is_no_batch():
+    assert list(source_batches(make_sentences([]), [4], rows=2)) == []
+
+
+@pytest.mark.parametrize("lengths", [[], [8, 4], [4, 4], [0, 4]])
+def test_lengths_must_increase(lengths):
+    with pytest.raises(ValueError, match="lengths must be positive and increasing"):
+        list(source_batches(make_sentences(), lengths, rows=2))
+
+
+def test_order_within_a_shape_is_kept():
+    pairs = EncodedPairs(make_sentences([3] * 5), make_sentences([3] * 5))
+    batches = list(eval_batches(pairs, [Shape(4, 4)], target_tokens=8))
+    assert np.concatenate([i for i, _ in batches]).tolist() == [0, 1, 2, 3, 4, -1]
