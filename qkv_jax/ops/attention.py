@@ -1,0 +1,123 @@
+"""`dot_product_attention`: checks the arguments and chooses an implementation.
+
+Axes and layouts are those of `jax.nn`: query (B, T, N, H), key (B, S, K, H), value (B, S, K, E).
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from qkv_jax.ops.masks import Mask, as_mask
+from qkv_jax.ops.reference import reference_attention, reference_weights
+from qkv_jax.ops.scores import Score
+
+Array = jax.Array
+Implementation = Literal["reference"]
+
+
+def dot_product_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: Mask | Array | None = None,
+    score: Score | None = None,
+    scale: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None,
+    implementation: Implementation | None = None,
+    return_residuals: bool = False,
+) -> Array | tuple[Array, Array]:
+    """Softmax(query key^T * scale) value, with any mask and any rule on the scores.
+
+    Args:
+        query: (B, T, N, H) floating.
+        key: (B, S, K, H), dtype of query; K divides N, each key head serves N // K query heads.
+        value: (B, S, K, E), dtype of query.
+        mask: a `Mask`, or bool that broadcasts to (B, N, T, S) with four axes; True may attend.
+            None: all may.
+        score: a `Score`, applied to the scaled scores before the mask.
+        scale: multiplies the scores first; default H ** -0.5.
+        dropout_rate: probability that a weight is dropped after the softmax, in [0, 1).
+        dropout_rng: a `jax.random` key; needed when dropout_rate > 0. The pattern depends on
+            (rng, b, h, q, k) alone.
+        implementation: None chooses; "reference" forces the dense definition.
+        return_residuals: True: the log-sum-exp of the masked scores comes back too.
+
+    Returns:
+        (B, T, N, E), dtype of query; a row with no allowed key is exactly 0. With
+        return_residuals, also logsumexp (B, T, N), float32, -inf for such a row.
+
+    Raises:
+        ValueError, TypeError: an argument's shape or dtype does not fit; the message says which.
+        NotImplementedError: the implementation cannot do what was asked.
+
+    Source: Vaswani et al. 2017, arXiv 1706.03762, eq. 1; grouped heads: Ainslie et al. 2023,
+    arXiv 2305.13245.
+    """
+    _check(query, key, value)
+    if dropout_rate > 0.0 and dropout_rng is None:
+        raise ValueError(
+            "dropout_rng must be a jax.random key when dropout_rate > 0; got None."
+        )
+    if not 0.0 <= dropout_rate < 1.0:
+        raise ValueError(f"dropout_rate must be in [0, 1); got {dropout_rate}.")
+    if implementation not in (None, "reference"):
+        raise NotImplementedError(
+            f"implementation {implementation!r} is not one of: 'reference'."
+        )
+    out, logsumexp = reference_attention(
+        query,
+        key,
+        value,
+        mask=as_mask(mask),
+        score=score,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        dropout_rate=dropout_rate,
+        dropout_rng=dropout_rng,
+    )
+    return (out, logsumexp) if return_residuals else out
+
+
+def attention_weights(
+    query: Array,
+    key: Array,
+    *,
+    mask: Mask | Array | None = None,
+    score: Score | None = None,
+    scale: float | None = None,
+) -> Array:
+    """The weights (B, N, T, S), float32, that `dot_product_attention` would average values with.
+
+    For looking at a model, not for computing with it: always O(T S) memory. Arguments as there.
+    """
+    _check(query, key, None)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return reference_weights(query, key, mask=as_mask(mask), score=score, scale=scale)
+
+
+def _check(query: Array, key: Array, value: Array | None) -> None:
+    arrays = {"query": query, "key": key} | ({} if value is None else {"value": value})
+    for name, array in arrays.items():
+        if array.ndim != 4:
+            raise ValueError(
+                f"{name} must be (batch, length, heads, size); got shape {array.shape}."
+            )
+        if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype != query.dtype:
+            raise TypeError(
+                f"{name} must be floating, of query's dtype {query.dtype}; got {array.dtype}."
+            )
+    if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        raise ValueError(
+            f"query and key must agree in batch and size; got {query.shape} and {key.shape}."
+        )
+    if key.shape[2] == 0 or query.shape[2] % key.shape[2]:
+        raise ValueError(
+            f"key heads K must divide query heads N; got K = {key.shape[2]}, N = {query.shape[2]}."
+        )
+    if value is not None and value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            "key and value must agree in batch, length and heads; got "
+            f"{key.shape} and {value.shape}."
+        )

@@ -1,0 +1,33 @@
+"""Positions: the sinusoids of Vaswani et al. 2017."""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def sinusoids(
+    positions: Array, width: int, *, max_wavelength: float = 10_000.0
+) -> Array:
+    """Sinusoidal encodings of integer or real positions.
+
+    Args:
+        positions: any shape.
+        width: D, even.
+        max_wavelength: the longest period is this times 2 pi positions.
+
+    Returns:
+        positions.shape + (D,), float32: the first D/2 components are sines, the others cosines,
+        of wavelengths in a geometric series from 2 pi.
+
+    Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.5. Difference: sines and cosines
+    stand in two halves and not interleaved, as in tensor2tensor and Marian.
+    """
+    if width < 2 or width % 2:
+        raise ValueError(f"width must be even and at least 2; got {width}.")
+    steps = jnp.arange(width // 2, dtype=jnp.float32) / (width // 2)
+    rates = jnp.exp(-jnp.log(jnp.float32(max_wavelength)) * steps)
+    angles = jnp.expand_dims(jnp.asarray(positions, jnp.float32), -1) * jnp.reshape(
+        rates, (1,) * jnp.ndim(positions) + (-1,)
+    )
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)

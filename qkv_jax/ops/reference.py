@@ -1,0 +1,120 @@
+"""The definition of attention: short, dense, differentiable to any order.
+
+Every other implementation must match it. Axes: B batch, T query length, S key length, N query
+heads, K key/value heads, G = N // K, H query/key size, E value size.
+
+Order: scale, score rule, mask, softmax, dropout, values. The softmax is float32 (float64 for
+float64 inputs). A row that may attend to nothing gives exactly 0 and log-sum-exp -inf. A NaN or
+inf in a key or value reaches just the rows that may attend to it, in values and gradients.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from qkv_jax.ops.dropout import keep
+from qkv_jax.ops.masks import Mask, index_arrays
+from qkv_jax.ops.scores import Score
+
+Array = jax.Array
+
+
+def reference_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: Mask | None,
+    score: Score | None,
+    scale: float,
+    dropout_rate: float,
+    dropout_rng: Array | None,
+) -> tuple[Array, Array]:
+    """Attention and its log-sum-exp, in O(T S) time and memory. Arguments are checked already.
+
+    Returns:
+        out (B, T, N, E) in query's dtype; logsumexp (B, T, N) float32 (float64 for float64).
+    """
+    B, T, N, _ = query.shape
+    S, K, E = value.shape[1:]
+    weights, logsumexp, bad = _softmax(
+        query, key, value, mask=mask, score=score, scale=scale
+    )
+    if dropout_rate > 0.0 and dropout_rng is not None:
+        kept = keep(dropout_rng, dropout_rate, *index_arrays((B, N, T, S)))
+        weights = jnp.where(kept, weights / (1.0 - dropout_rate), 0.0)
+    clean = value if mask is None else _finite(value)
+    out = jnp.einsum(
+        "BKGTS,BSKE->BTKGE",
+        weights.reshape(B, K, N // K, T, S).astype(value.dtype),
+        clean,
+        preferred_element_type=weights.dtype,
+    ).reshape(B, T, N, E)
+    if bad is not None:
+        out = jnp.where(bad[..., None], jnp.nan, out)
+    return out.astype(query.dtype), logsumexp
+
+
+def reference_weights(
+    query: Array, key: Array, *, mask: Mask | None, score: Score | None, scale: float
+) -> Array:
+    """The attention weights (B, N, T, S), float32: what `reference_attention` averages with."""
+    return _softmax(query, key, None, mask=mask, score=score, scale=scale)[0]
+
+
+def _softmax(query, key, value, *, mask, score, scale):
+    """Weights (B, N, T, S), log-sum-exp (B, T, N) and, with a mask, the rows made NaN by values."""
+    B, T, N, H = query.shape
+    S, K = key.shape[1:3]
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    logits = jnp.einsum(
+        "BTKGH,BSKH->BKGTS",
+        query.reshape(B, T, K, N // K, H),
+        key if mask is None else _finite(key),
+        preferred_element_type=dtype,
+    ).reshape(B, N, T, S) * jnp.asarray(scale, dtype)
+    if mask is None:
+        logits = (
+            logits
+            if score is None
+            else score.apply(logits, *index_arrays(logits.shape))
+        )
+        return *_normalise(logits, None), None
+    logits = jnp.where(_nonfinite_keys(key, N), jnp.nan, logits)
+    if score is not None:
+        logits = score.apply(logits, *index_arrays(logits.shape))
+    allowed = mask.materialise((B, N, T, S))
+    weights, logsumexp = _normalise(logits, allowed)
+    if value is None:
+        return weights, logsumexp, None
+    bad = jnp.any(allowed & _nonfinite_keys(value, N), axis=-1)
+    return weights, logsumexp, jnp.broadcast_to(bad, (B, N, T)).swapaxes(1, 2)
+
+
+def _normalise(logits: Array, allowed: Array | None) -> tuple[Array, Array]:
+    """Softmax over the last axis and its log-sum-exp, both safe for rows with nothing allowed."""
+    if logits.shape[-1] == 0:
+        return logits, jnp.full(logits.shape[:-1], -jnp.inf, logits.dtype).swapaxes(
+            1, 2
+        )
+    if allowed is not None:
+        logits = jnp.where(allowed, logits, -jnp.inf)
+    top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    top = jnp.where(top == -jnp.inf, 0.0, top)
+    weights = jnp.exp(logits - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    if allowed is None:
+        return weights / total, (jnp.log(total) + top)[..., 0].swapaxes(1, 2)
+    empty = total == 0.0
+    weights = weights / jnp.where(empty, 1.0, total)
+    logsumexp = jnp.where(empty, -jnp.inf, jnp.log(jnp.where(empty, 1.0, total)) + top)
+    return weights, logsumexp[..., 0].swapaxes(1, 2)
+
+
+def _finite(x: Array) -> Array:
+    return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
+
+
+def _nonfinite_keys(x: Array, heads: int) -> Array:
+    """(B, N, 1, S): whether any component of a key or value (B, S, K, size) is NaN or inf."""
+    bad = ~jnp.all(jnp.isfinite(x), axis=-1).swapaxes(1, 2)
+    return jnp.repeat(bad, heads // bad.shape[1], axis=1)[:, :, None, :]

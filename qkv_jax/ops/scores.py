@@ -1,0 +1,78 @@
+"""What is done with a score before the softmax: rules as frozen pytrees, composed in order.
+
+A score rule maps the scaled score of a query-key pair and its global indices to another score.
+Captured arrays are arguments, so that gradients reach them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A rule on scores. Make one with the functions of this module."""
+
+    def apply(self, score: Array, b: Array, h: Array, q: Array, k: Array) -> Array:
+        """The new score; `score` and the index arrays broadcast together."""
+        raise NotImplementedError
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Modifier(Score):
+    arrays: tuple[Array, ...]
+    fn: Callable[..., Array] = field(metadata={"static": True})
+
+    def apply(self, score, b, h, q, k):
+        return self.fn(score, b, h, q, k, *self.arrays)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Chain(Score):
+    rules: tuple[Score, ...]
+
+    def apply(self, score, b, h, q, k):
+        for rule in self.rules:
+            score = rule.apply(score, b, h, q, k)
+        return score
+
+
+def modifier(fn: Callable[..., Array], *arrays: Any) -> Score:
+    """The rule `fn(score, b, h, q, k, *arrays) -> score`; arrays are differentiable arguments."""
+    return Modifier(arrays=tuple(map(jnp.asarray, arrays)), fn=fn)
+
+
+def chain(*rules: Score) -> Score:
+    """The rules one after another, the first applied first."""
+    return Chain(rules=rules)
+
+
+def soft_cap(value: float | Array) -> Score:
+    """`value * tanh(score / value)`: scores stay within +-value (Gemma 2, arXiv 2408.00118)."""
+    return modifier(_soft_cap, value)
+
+
+def bias(array: Array) -> Score:
+    """Adds `array`, floating, with four axes that broadcast to (B, N, T, S)."""
+    if jnp.ndim(array) != 4:
+        raise ValueError(
+            f"bias must broadcast to (B, N, T, S) with four axes; got {jnp.shape(array)}."
+        )
+    return modifier(_bias, array)
+
+
+def _soft_cap(score, b, h, q, k, value):
+    value = value.astype(score.dtype)
+    return value * jnp.tanh(score / value)
+
+
+def _bias(score, b, h, q, k, array):
+    at = (index if size > 1 else 0 for index, size in zip((b, h, q, k), array.shape))
+    return score + array[tuple(at)].astype(score.dtype)
