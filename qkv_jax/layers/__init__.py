@@ -1,0 +1,13 @@
+"""flax.nnx modules: each holds parameters and calls the ops.
+
+A parameter's `axes` metadata names its logical axes, which training/sharding.py maps to a mesh.
+"""
+
+from qkv_jax.layers.attention import MultiHeadAttention as MultiHeadAttention
+from qkv_jax.layers.embedding import Embedding as Embedding
+from qkv_jax.layers.feed_forward import Activation as Activation
+from qkv_jax.layers.feed_forward import FeedForward as FeedForward
+from qkv_jax.layers.transformer import DecoderBlock as DecoderBlock
+from qkv_jax.layers.transformer import EncoderBlock as EncoderBlock
+from qkv_jax.layers.transformer import NormPlace as NormPlace
+from qkv_jax.layers.transformer import layer_norm as layer_norm

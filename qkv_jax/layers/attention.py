@@ -1,0 +1,137 @@
+"""Multi-head attention as a module: four projections around one attention op."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qkv_jax.ops import (
+    Ancestry,
+    KVCache,
+    Mask,
+    Score,
+    attention_weights,
+    dot_product_attention,
+)
+
+Array = jax.Array
+
+
+class MultiHeadAttention(nnx.Module):
+    """Self-, cross- and cached attention with N query heads and K key/value heads.
+
+    Set `record` to True and the last call's weights stay in `weights`, (B, N, T, S) float32;
+    while it is False, no weights are computed.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        heads: int,
+        *,
+        kv_heads: int | None = None,
+        dropout_rate: float = 0.0,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Builds the projections.
+
+        Args:
+            d_model: D, width of inputs and outputs.
+            heads: N, divides D; each head has size H = D // N.
+            kv_heads: K, divides N (grouped queries); default N.
+            dropout_rate: on the attention weights.
+            dtype: of the computation; parameters are float32.
+            rngs: stream "params" draws the parameters (Glorot uniform).
+        """
+        kv_heads = heads if kv_heads is None else kv_heads
+        if d_model % heads or heads % kv_heads:
+            raise ValueError(
+                "heads must divide d_model, and kv_heads must divide heads; got "
+                f"d_model = {d_model}, heads = {heads}, kv_heads = {kv_heads}."
+            )
+        size = d_model // heads
+
+        def project(count: int, name: str) -> nnx.LinearGeneral:
+            return nnx.LinearGeneral(
+                d_model,
+                (count, size),
+                dtype=dtype,
+                kernel_init=nnx.initializers.xavier_uniform(),
+                kernel_metadata={"axes": ("embed", name, "head_dim")},
+                bias_metadata={"axes": (name, "head_dim")},
+                rngs=rngs,
+            )
+
+        self.query = project(heads, "heads")
+        self.key = project(kv_heads, "kv_heads")
+        self.value = project(kv_heads, "kv_heads")
+        self.out = nnx.LinearGeneral(
+            (heads, size),
+            d_model,
+            axis=(-2, -1),
+            dtype=dtype,
+            kernel_init=nnx.initializers.xavier_uniform(),
+            kernel_metadata={"axes": ("heads", "head_dim", "embed")},
+            bias_metadata={"axes": ("embed",)},
+            rngs=rngs,
+        )
+        self.dropout_rate = dropout_rate
+        self.record = False
+
+    def __call__(
+        self,
+        x: Array,
+        memory: Array | None = None,
+        *,
+        mask: Mask | None = None,
+        score: Score | None = None,
+        rng: Array | None = None,
+    ) -> Array:
+        """Attends from x (B, T, D) to memory (B, S, D), or to x itself: (B, T, D).
+
+        Args:
+            x: (B, T, D), what asks.
+            memory: (B, S, D), what is looked at; None: x.
+            mask: who may attend, over (B, N, T, S).
+            score: a rule on the scores.
+            rng: draws the weights' dropout; None: no dropout.
+        """
+        return self.attend(
+            x, self.remember(x if memory is None else memory), mask, score, rng
+        )
+
+    def remember(self, memory: Array) -> KVCache:
+        """Keys and values of memory (B, S, D), to attend to many times."""
+        return KVCache(key=self.key(memory), value=self.value(memory))
+
+    def attend(
+        self,
+        x: Array,
+        remembered: KVCache,
+        mask: Mask | None = None,
+        score: Score | None = None,
+        rng: Array | None = None,
+    ) -> Array:
+        """Attends from x (B, T, D) to keys and values at hand: (B, T, D)."""
+        query = self.query(x)
+        if self.record:
+            weights = attention_weights(query, remembered.key, mask=mask, score=score)
+            self.weights = nnx.Intermediate(weights)
+        heads = dot_product_attention(
+            query,
+            remembered.key,
+            remembered.value,
+            mask=mask,
+            score=score,
+            dropout_rate=0.0 if rng is None else self.dropout_rate,
+            dropout_rng=rng,
+        )
+        return self.out(heads)
+
+    def step(
+        self, x: Array, cache: KVCache, ancestry: Ancestry
+    ) -> tuple[Array, KVCache]:
+        """One step of decoding: x (B, Z, D), one position of each of Z hypotheses a row."""
+        new = self.remember(x)
+        cache = cache.write(new.key, new.value, ancestry.step * x.shape[1])
+        return self.attend(x, cache, ancestry.mask()), cache

@@ -1,0 +1,63 @@
+"""The position-wise feed-forward layer, plain or gated."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qkv_jax.ops import dropout
+
+Array = jax.Array
+Activation = Literal["relu", "gelu", "silu"]
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,
+    "silu": jax.nn.silu,
+}
+
+
+class FeedForward(nnx.Module):
+    """act(x W + b) V + c; gated: (act(x W + b) * (x U + d)) V + c (Shazeer 2020, 2002.05202)."""
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        *,
+        activation: Activation = "relu",
+        gated: bool = False,
+        dropout_rate: float = 0.0,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Builds the layer; dropout_rate applies after the activation."""
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation must be one of {list(ACTIVATIONS)}; got {activation!r}."
+            )
+
+        def linear(wide: int, narrow: int, axes: tuple[str, str]) -> nnx.Linear:
+            return nnx.Linear(
+                wide,
+                narrow,
+                dtype=dtype,
+                kernel_init=nnx.initializers.xavier_uniform(),
+                kernel_metadata={"axes": axes},
+                bias_metadata={"axes": axes[1:]},
+                rngs=rngs,
+            )
+
+        self.up = linear(d_model, d_ff, ("embed", "ff"))
+        self.gate = linear(d_model, d_ff, ("embed", "ff")) if gated else None
+        self.down = linear(d_ff, d_model, ("ff", "embed"))
+        self.activation = activation
+        self.dropout_rate = dropout_rate
+
+    def __call__(self, x: Array, *, rng: Array | None = None) -> Array:
+        """x (..., D) -> (..., D); rng draws the dropout, None: none."""
+        hidden = ACTIVATIONS[self.activation](self.up(x))
+        if self.gate is not None:
+            hidden = hidden * self.gate(x)
+        return self.down(dropout(hidden, self.dropout_rate, rng))

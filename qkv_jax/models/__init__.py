@@ -1,0 +1,1 @@
+"""Models: one file each, with its Config, presets and module."""
