@@ -1,0 +1,33 @@
+"""Training: a loss function and an iterator in, a trained and resumable run out."""
+
+from qkv_jax.training.checkpoint import CheckpointStore as CheckpointStore
+from qkv_jax.training.checkpoint import average_params as average_params
+from qkv_jax.training.checkpoint import checkpoint_steps as checkpoint_steps
+from qkv_jax.training.checkpoint import restore_params as restore_params
+from qkv_jax.training.errors import RunError as RunError
+from qkv_jax.training.loop import BatchIterator as BatchIterator
+from qkv_jax.training.loop import TrainingConfig as TrainingConfig
+from qkv_jax.training.loop import TrainResult as TrainResult
+from qkv_jax.training.loop import train as train
+from qkv_jax.training.metrics import MetricsWriter as MetricsWriter
+from qkv_jax.training.metrics import RateMeter as RateMeter
+from qkv_jax.training.metrics import read_metrics as read_metrics
+from qkv_jax.training.optimizers import OptimizerConfig as OptimizerConfig
+from qkv_jax.training.optimizers import make_optimizer as make_optimizer
+from qkv_jax.training.optimizers import make_schedule as make_schedule
+from qkv_jax.training.runs import finish_run as finish_run
+from qkv_jax.training.runs import is_finished as is_finished
+from qkv_jax.training.runs import open_run as open_run
+from qkv_jax.training.runs import read_config as read_config
+from qkv_jax.training.sharding import LOGICAL_AXES as LOGICAL_AXES
+from qkv_jax.training.sharding import MeshConfig as MeshConfig
+from qkv_jax.training.sharding import logical_sharding as logical_sharding
+from qkv_jax.training.sharding import make_mesh as make_mesh
+from qkv_jax.training.sharding import place_batch as place_batch
+from qkv_jax.training.sharding import place_state as place_state
+from qkv_jax.training.sharding import replicated as replicated
+from qkv_jax.training.state import TrainState as TrainState
+from qkv_jax.training.state import create_state as create_state
+from qkv_jax.training.step import evaluate_loss as evaluate_loss
+from qkv_jax.training.step import make_eval_step as make_eval_step
+from qkv_jax.training.step import make_train_step as make_train_step

@@ -1,0 +1,352 @@
+"""Checkpoints of a run: everything it needs to go on, kept by orbax under run/checkpoints/<step>/.
+
+A checkpoint has the items `params`, `ema` (where the run keeps one), `training` (step, optimizer
+state, rng) and `progress` (JSON: data position, best metric, and the like). Arrays are saved
+under their dotted names, so that none of the pytree classes is needed to read them. `files.json`
+lists the size of every file, so that one that was cut short is named before orbax meets it.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import PreservationPolicy
+
+from qkv_jax.training.errors import RunError
+from qkv_jax.training.state import TrainState
+
+FOLDER = "checkpoints"
+SIZES_FILE = "files.json"
+
+
+class CheckpointStore:
+    """Writes and reads the checkpoints of one run, as a context manager.
+
+    Saving is asynchronous: save() returns once the arrays are copied off the devices. A
+    checkpoint appears under its step only when it is complete, so that a killed process leaves
+    the earlier ones as they were.
+
+    Args:
+        directory: of the run; made where absent.
+        keep: the number of latest checkpoints that stay; the best one always does.
+    """
+
+    def __init__(self, directory: str | os.PathLike, *, keep: int):
+        self.directory = Path(directory).absolute()
+        self._policy = _KeepLatestAndBest(keep)
+        self._saving = 0
+        on_commit = ocp.AsyncOptions(
+            post_finalization_callback=lambda: _write_sizes(
+                _step_directory(self.directory, self._saving)
+            )
+        )
+        self._manager = ocp.CheckpointManager(
+            self.directory / FOLDER,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=self._policy,
+                cleanup_tmp_directories=True,
+                async_options=on_commit,
+            ),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    def save(self, step: int, state: TrainState, progress: Mapping[str, Any]) -> None:
+        """Starts to save; waits first for the save before.
+
+        Args:
+            step: names the checkpoint; there is none of that name.
+            state: may be donated as soon as this returns.
+            progress: JSON-able. Its "best_step" (or None) names the checkpoint never to delete.
+        """
+        self.wait()
+        self._saving = step
+        self._policy.best_step = progress.get("best_step")
+        items = {
+            name: ocp.args.StandardSave(item) for name, item in _items(state).items()
+        }
+        items["progress"] = ocp.args.JsonSave(dict(progress))
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The latest checkpoint, or None where there is none yet.
+
+        Args:
+            like: a state of the same structure, shapes and shardings; its values are not used.
+
+        Returns:
+            (state, progress).
+
+        Raises:
+            RunError: it is cut short, or holds other parameters than `like`.
+        """
+        steps = checkpoint_steps(self.directory)
+        if not steps:
+            return None
+        checkpoint = _step_directory(self.directory, steps[-1])
+        progress = _read_progress(checkpoint)
+        self._policy.best_step = progress.get("best_step")
+        items = {
+            name: _restore(checkpoint, name, item)
+            for name, item in _items(like).items()
+        }
+        training = _unflatten(_training(like), items["training"])
+        ema = None if like.ema is None else _unflatten(like.ema, items["ema"])
+        params = _unflatten(like.params, items["params"])
+        return TrainState(params=params, ema=ema, **training), progress
+
+    def wait(self) -> None:
+        """Returns when the last checkpoint is complete."""
+        self._manager.wait_until_finished()
+
+
+def checkpoint_steps(directory: str | os.PathLike) -> list[int]:
+    """The steps of a run's complete checkpoints, in order."""
+    folder = Path(directory) / FOLDER
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+
+def restore_params(
+    directory: str | os.PathLike,
+    like: Any,
+    *,
+    step: int | Literal["best", "latest"] = "best",
+) -> Any:
+    """The weights of a run for evaluation: its moving average where it kept one.
+
+    Needs neither the optimizer nor the devices of the training run, and changes nothing.
+
+    Args:
+        directory: of the run.
+        like: pytree of arrays or ShapeDtypeStructs with the parameters' structure and shapes.
+        step: a step number, "latest", or "best": of the best evaluation (the latest where the
+            run evaluated nothing).
+
+    Returns:
+        Pytree of arrays like `like`, on the default device.
+
+    Raises:
+        RunError: there is no such checkpoint, it is cut short, or it has other parameters.
+    """
+    chosen = _choose(directory, step)
+    return jax.tree.map(
+        jnp.asarray, _unflatten(like, _host_params(directory, chosen, like))
+    )
+
+
+def average_params(directory: str | os.PathLike, like: Any, *, count: int) -> Any:
+    """The mean of the parameters of a run's last `count` checkpoints, summed in float64.
+
+    Args:
+        directory: of the run.
+        like: see restore_params.
+        count: checkpoints to average.
+
+    Returns:
+        Pytree of arrays like `like`, on the default device.
+
+    Raises:
+        ValueError: count is not positive.
+        RunError: there are fewer checkpoints; or see restore_params.
+    """
+    if count < 1:
+        raise ValueError(f"count must be positive; got {count}.")
+    steps = checkpoint_steps(directory)
+    if len(steps) < count:
+        raise RunError(
+            f"{directory} holds {len(steps)} checkpoints, {count} are to be averaged: "
+            "average fewer, or train with a larger training.keep."
+        )
+    total: dict[str, np.ndarray] = {}
+    for step in steps[-count:]:
+        for name, array in _host_params(directory, step, like).items():
+            total[name] = total.get(name, np.zeros(())) + array.astype(np.float64)
+    dtypes = {name: leaf.dtype for name, leaf in _flatten(like).items()}
+    means = {
+        name: jnp.asarray((x / count).astype(dtypes[name])) for name, x in total.items()
+    }
+    return _unflatten(like, means)
+
+
+class _KeepLatestAndBest(PreservationPolicy):
+    def __init__(self, keep: int):
+        self.keep = keep
+        self.best_step: int | None = None
+
+    def should_preserve(self, checkpoints, *, context):
+        del context
+        first = len(checkpoints) - self.keep
+        return [
+            i >= first or c.step == self.best_step for i, c in enumerate(checkpoints)
+        ]
+
+
+def _items(state: TrainState) -> dict[str, dict[str, Any]]:
+    items = {
+        "params": _flatten(state.params),
+        "training": _flatten(_training(state)),
+    }
+    if state.ema is not None:
+        items["ema"] = _flatten(state.ema)
+    return items
+
+
+def _training(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves
+    }
+    if len(named) != len(leaves):
+        raise ValueError("two leaves of the pytree have the same dotted name.")
+    return named
+
+
+def _unflatten(like: Any, named: Mapping[str, Any]) -> Any:
+    return jax.tree.unflatten(
+        jax.tree.structure(like), [named[name] for name in _flatten(like)]
+    )
+
+
+def _step_directory(directory: str | os.PathLike, step: int) -> Path:
+    return Path(directory).absolute() / FOLDER / str(step)
+
+
+def _choose(directory: str | os.PathLike, step: int | Literal["best", "latest"]) -> int:
+    steps = checkpoint_steps(directory)
+    if not steps:
+        raise RunError(
+            f"{directory} holds no checkpoint: train it first, or name another run."
+        )
+    if step == "best":
+        best = _read_progress(_step_directory(directory, steps[-1])).get("best_step")
+        step = steps[-1] if best is None else best
+    if step == "latest":
+        step = steps[-1]
+    if step not in steps:
+        raise RunError(
+            f"{directory} holds no checkpoint of step {step}: choose one of "
+            f"{', '.join(map(str, steps))}."
+        )
+    return step
+
+
+def _host_params(
+    directory: str | os.PathLike, step: int, like: Any
+) -> dict[str, np.ndarray]:
+    checkpoint = _step_directory(directory, step)
+    _check_sizes(checkpoint)
+    name = "ema" if (checkpoint / "ema").is_dir() else "params"
+    host = {
+        key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in _flatten(like).items()
+    }
+    return _restore(checkpoint, name, host)
+
+
+def _restore(checkpoint: Path, item: str, like: Mapping[str, Any]) -> dict[str, Any]:
+    """One item's arrays: where `like` says, or as numpy arrays where it has no shardings."""
+    directory = checkpoint / item
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        saved = handler.metadata(directory).tree
+    except Exception as error:
+        raise _cut_short(checkpoint, error) from error
+    _check_same(checkpoint, {name: x.shape for name, x in saved.items()}, like)
+    restore_args = {name: _restore_args(x) for name, x in like.items()}
+    try:
+        return handler.restore(
+            directory, args=ocp.args.PyTreeRestore(restore_args=restore_args)
+        )
+    except Exception as error:
+        raise _cut_short(checkpoint, error) from error
+
+
+def _restore_args(like: Any) -> ocp.RestoreArgs:
+    if like.sharding is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    return ocp.ArrayRestoreArgs(sharding=like.sharding)
+
+
+def _check_same(
+    checkpoint: Path, saved: dict[str, tuple], like: Mapping[str, Any]
+) -> None:
+    wanted = {name: tuple(x.shape) for name, x in like.items()}
+    wrong = sorted(
+        name
+        for name in saved.keys() | wanted.keys()
+        if saved.get(name) != wanted.get(name)
+    )
+    if wrong:
+        there, here = saved.get(wrong[0], "absent"), wanted.get(wrong[0], "absent")
+        raise RunError(
+            f"{checkpoint} is of another model or optimizer ({wrong[0]!r} is {there} there, {here} "
+            f"here; {len(wrong)} arrays differ): use the configuration in the run's config.json."
+        )
+
+
+def _read_progress(checkpoint: Path) -> dict[str, Any]:
+    _check_sizes(checkpoint)
+    try:
+        return dict(ocp.JsonCheckpointHandler().restore(checkpoint / "progress"))
+    except Exception as error:
+        raise _cut_short(checkpoint, error) from error
+
+
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    """Bytes of every file of the items; orbax still writes beside them as it commits."""
+    files = (path for path in checkpoint.glob("*/**/*") if path.is_file())
+    return {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
+
+
+def _write_sizes(checkpoint: Path) -> None:
+    """Into the finished checkpoint, be it before or after orbax gave it its final name."""
+    places = [*checkpoint.parent.glob(checkpoint.name + ".*"), checkpoint]
+    place = next(path for path in places if path.is_dir())
+    temporary = place / (SIZES_FILE + ".tmp")
+    temporary.write_text(json.dumps(_sizes(place)), encoding="utf-8")
+    os.replace(temporary, place / SIZES_FILE)
+
+
+def _check_sizes(checkpoint: Path) -> None:
+    """Raises for a file that is missing or cut; a checkpoint without a list passes."""
+    file = checkpoint / SIZES_FILE
+    if not file.exists():
+        return
+    try:
+        wanted = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _cut_short(checkpoint, f"{SIZES_FILE}: {error}") from error
+    found = _sizes(checkpoint)
+    for name, size in wanted.items():
+        if found.get(name) != size:
+            there = (
+                f"has {found[name]} bytes, not {size}"
+                if name in found
+                else "is missing"
+            )
+            raise _cut_short(checkpoint, f"{name} {there}")
+
+
+def _cut_short(checkpoint: Path, cause: Exception | str) -> RunError:
+    what = (str(cause).splitlines() or [""])[0][:120]
+    if isinstance(cause, Exception):
+        what = f"{type(cause).__name__}: {what}"
+    return RunError(
+        f"{checkpoint} is cut short or damaged ({what}): move that directory away, "
+        "and the run goes on from the checkpoint before it."
+    )

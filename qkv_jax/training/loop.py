@@ -1,0 +1,381 @@
+"""The training loop: one library function, which experiments never copy."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+
+from qkv_jax.training.checkpoint import CheckpointStore
+from qkv_jax.training.metrics import MetricsWriter, ProgressLine, TrainLog, read_metrics
+from qkv_jax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
+from qkv_jax.training.sharding import make_mesh, place_batch
+from qkv_jax.training.state import TrainState, create_state
+from qkv_jax.training.step import LossFn, make_train_step
+
+Callback = Callable[[int, TrainState, dict[str, jax.Array]], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long to train, and what to do on the way.
+
+    Attributes:
+        steps: updates of the whole run.
+        seed: of dropout and all other randomness of the steps.
+        accumulate: microbatches a step splits its batch into.
+        evaluate_every: steps between evaluations; the last step is always evaluated.
+        checkpoint_every: steps between checkpoints. One is also made of each new best
+            evaluation, and of the last step.
+        keep: the latest checkpoints that stay on disk, besides the best.
+        average: the latest checkpoints an evaluation of the run averages; 1: none.
+        metric: the key of the evaluation that decides what is best.
+        mode: "min": less is better, "max": more is better.
+        patience: evaluations in a row without a new best that end the run; None: never.
+        ema_decay: of a moving average of the parameters, which is what is then evaluated; None: none.
+        log_every: steps between rows of metrics.
+        rng_impl: jax PRNG implementation.
+    """
+
+    steps: int
+    seed: int = 0
+    accumulate: int = 1
+    evaluate_every: int = 1000
+    checkpoint_every: int = 1000
+    keep: int = 5
+    average: int = 1
+    metric: str = "loss"
+    mode: Literal["min", "max"] = "min"
+    patience: int | None = None
+    ema_decay: float | None = None
+    log_every: int = 50
+    rng_impl: str = "rbg"
+
+    def __post_init__(self):
+        counts = ("steps", "accumulate", "evaluate_every", "checkpoint_every")
+        for name in (*counts, "keep", "average", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1; got {getattr(self, name)}."
+                )
+        if self.average > self.keep:
+            raise ValueError(
+                f"average must not exceed keep, the checkpoints that stay; "
+                f"got {self.average} > {self.keep}."
+            )
+        if self.mode not in ("min", "max"):
+            raise ValueError(f"mode must be 'min' or 'max'; got {self.mode!r}.")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(
+                f"patience must be at least 1, or None; got {self.patience}."
+            )
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(
+                f"ema_decay must be in (0, 1), or None; got {self.ema_decay}."
+            )
+
+
+class BatchIterator(Protocol):
+    """Endless batches whose position can be saved and set."""
+
+    def __next__(self) -> dict[str, Any]: ...
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclasses.dataclass
+class Record:
+    """What a run remembers besides its arrays; in every checkpoint, as JSON.
+
+    Attributes:
+        step: updates made.
+        best_step: of the best evaluation, or None.
+        best_value: its metric, or None.
+        stale: evaluations in a row since.
+        tokens: real target tokens trained on.
+        seconds: wall time of training, all processes of the run together.
+    """
+
+    step: int = 0
+    best_step: int | None = None
+    best_value: float | None = None
+    stale: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What train() hands back.
+
+    Attributes:
+        state: after the last step.
+        step: the last step; less than asked for where the run was stopped early.
+        stopped_early: patience ran out.
+        best_step: of the best evaluation, or None.
+        best_value: its metric, or None.
+        history: the rows of metrics.jsonl, of resumed parts too.
+        tokens_per_second: real target tokens over training time, evaluation left out.
+        steady_tokens_per_second: the same without the steps that waited for a compilation.
+        seconds: wall time of this call.
+        compilations: distinct batch shapes.
+        compile_seconds: tracing and compiling them.
+    """
+
+    state: TrainState
+    step: int
+    stopped_early: bool
+    best_step: int | None
+    best_value: float | None
+    history: list[dict[str, Any]]
+    tokens_per_second: float
+    steady_tokens_per_second: float
+    seconds: float
+    compilations: int
+    compile_seconds: float
+
+
+def train(
+    *,
+    params: Any | Callable[[], Any],
+    loss_fn: LossFn,
+    optimizer: OptimizerConfig,
+    config: TrainingConfig,
+    iterator: BatchIterator,
+    directory: str | os.PathLike,
+    evaluate: Callable[[Any], dict[str, float]] | None = None,
+    callbacks: Sequence[Callback] = (),
+    mesh: Mesh | None = None,
+    console: Console | None = None,
+) -> TrainResult:
+    """Trains to the end, or goes on to it from the latest checkpoint in the directory.
+
+    On CPU an interrupted run ends with the same bits as one that was not.
+
+    Args:
+        params: pytree of float32 arrays, or a function that makes it; see create_state.
+        loss_fn: (params, batch, rng) -> (loss_sum, aux); see make_train_step.
+        optimizer: see OptimizerConfig.
+        config: see TrainingConfig.
+        iterator: endless batches, dicts of numpy arrays (B, ...). Only its position is changed.
+        directory: of the run: checkpoints/, metrics.jsonl and event files go there. Open it with
+            open_run first, so that no other run's is gone on with.
+        evaluate: parameters (or their moving average) -> metrics, with the key config.metric.
+        callbacks: called after each step as callback(step, state, metrics). Arrays are on the
+            devices, and the state is donated to the next step: to read is to wait, to keep is
+            to copy.
+        mesh: see make_mesh; None: all devices.
+        console: for progress; None: standard error.
+
+    Returns:
+        See TrainResult. The last checkpoint is complete.
+
+    Raises:
+        ValueError: patience without evaluate; a batch that the mesh does not divide; an iterator
+            that ends; an evaluation without config.metric.
+        RunError: a loss that is not finite; a checkpoint that is cut short or does not fit.
+    """
+    if config.patience is not None and evaluate is None:
+        raise ValueError("patience needs evaluate; pass a function, or patience=None.")
+    began = time.perf_counter()
+    mesh = mesh or make_mesh()
+    step_fn, state = _build(params, loss_fn, optimizer, config, mesh)
+    with CheckpointStore(directory, keep=config.keep) as store:
+        state, record = _resume(store, state, iterator)
+        with (
+            MetricsWriter(directory, step=record.step) as writer,
+            ProgressLine(config.steps, start=record.step, console=console) as line,
+        ):
+            if record.step:
+                line.say(f"resuming {directory} at step {record.step}")
+            session = _Session(config, store, writer, line, record, evaluate, iterator)
+            while not session.ended:
+                batch = place_batch(_next(iterator), mesh, accumulate=config.accumulate)
+                state, metrics, compiled = step_fn(state, batch)
+                session.after_step(state, metrics, compiled=compiled)
+                for callback in callbacks:
+                    callback(record.step, state, metrics)
+            session.finish(step_fn)
+    return _result(state, session, step_fn, directory, time.perf_counter() - began)
+
+
+def _build(
+    params,
+    loss_fn: LossFn,
+    optimizer: OptimizerConfig,
+    config: TrainingConfig,
+    mesh: Mesh,
+) -> tuple["_CountedStep", TrainState]:
+    """The compiled step of this configuration, and its first state."""
+    transformation = make_optimizer(optimizer, config.steps)
+    step = make_train_step(
+        loss_fn,
+        transformation,
+        mesh=mesh,
+        schedule=make_schedule(optimizer, config.steps),
+        accumulate=config.accumulate,
+        ema_decay=config.ema_decay,
+        rng_impl=config.rng_impl,
+    )
+    state = create_state(
+        params,
+        transformation,
+        seed=config.seed,
+        mesh=mesh,
+        rng_impl=config.rng_impl,
+        ema=config.ema_decay is not None,
+    )
+    return _CountedStep(step), state
+
+
+class _CountedStep:
+    """Calls the jitted step, and counts the batch shapes it had to compile for."""
+
+    def __init__(self, step):
+        self._step = step
+        self._shapes: set[tuple] = set()
+        self.seconds = 0.0
+
+    @property
+    def compilations(self) -> int:
+        return len(self._shapes)
+
+    def __call__(self, state: TrainState, batch: dict[str, jax.Array]):
+        shapes = tuple(sorted((name, array.shape) for name, array in batch.items()))
+        if shapes in self._shapes:
+            # Whatever a step still moves between host and device, it would move in each step.
+            with jax.transfer_guard("disallow"):
+                return *self._step(state, batch), False
+        began = time.perf_counter()
+        result = self._step(state, batch)
+        self.seconds += time.perf_counter() - began
+        self._shapes.add(shapes)
+        return *result, True
+
+
+class _Session:
+    """What happens between two steps: metrics, evaluation, checkpoints, the end."""
+
+    def __init__(self, config, store, writer, line, record, evaluate, iterator):
+        self.config, self.store, self.writer, self.line = config, store, writer, line
+        self.record, self.evaluate, self.iterator = record, evaluate, iterator
+        self.log = TrainLog(writer, line, every=config.log_every)
+        self._tokens, self._seconds = record.tokens, record.seconds
+
+    @property
+    def stopped_early(self) -> bool:
+        patience = self.config.patience
+        return patience is not None and self.record.stale >= patience
+
+    @property
+    def ended(self) -> bool:
+        return self.record.step >= self.config.steps or self.stopped_early
+
+    def after_step(
+        self, state: TrainState, metrics: dict[str, jax.Array], *, compiled: bool
+    ):
+        self.record.step += 1
+        self.log.push(self.record.step, metrics, compiled=compiled)
+        improved = self._evaluate_if_due(state)
+        if (
+            self.ended
+            or improved
+            or self.record.step % self.config.checkpoint_every == 0
+        ):
+            self._save(state)
+
+    def finish(self, step_fn: _CountedStep) -> None:
+        self.log.finish()
+        self.store.wait()
+        if self.stopped_early:
+            self.line.say(
+                f"stopped at step {self.record.step}: {self.record.stale} evaluations without a "
+                f"better {self.config.metric} than {self.record.best_value:.4g} "
+                f"of step {self.record.best_step}"
+            )
+        if step_fn.compilations:
+            self.line.say(
+                f"{step_fn.compilations} batch shapes compiled in {step_fn.seconds:.1f} s, "
+                f"then {self.log.meter.steady_rate:,.0f} target tokens/s"
+            )
+
+    def _evaluate_if_due(self, state: TrainState) -> bool:
+        """Evaluates where it is time; whether it is the best so far."""
+        record, config = self.record, self.config
+        due = record.step == config.steps or record.step % config.evaluate_every == 0
+        if self.evaluate is None or not due:
+            return False
+        self.log.flush()
+        values = self.evaluate(state.params if state.ema is None else state.ema)
+        self.log.restart()
+        if config.metric not in values:
+            raise ValueError(
+                f"evaluate must return the metric {config.metric!r}; got {', '.join(values)}."
+            )
+        self.writer.write(
+            record.step, {f"validation/{k}": float(v) for k, v in values.items()}
+        )
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.line.say(f"step {record.step}  validation  {shown}")
+        return _note_evaluation(record, float(values[config.metric]), config.mode)
+
+    def _save(self, state: TrainState) -> None:
+        self.log.flush()
+        self.record.tokens = self._tokens + round(self.log.meter.tokens)
+        self.record.seconds = self._seconds + self.log.meter.seconds
+        progress = dataclasses.asdict(self.record) | {"data": self.iterator.get_state()}
+        self.store.save(self.record.step, state, progress)
+
+
+def _note_evaluation(record: Record, value: float, mode: str) -> bool:
+    """Whether the value is the best so far; the record is brought up to date."""
+    best = record.best_value
+    improved = best is None or (value < best if mode == "min" else value > best)
+    if improved:
+        record.best_step, record.best_value, record.stale = record.step, value, 0
+    else:
+        record.stale += 1
+    return improved
+
+
+def _resume(
+    store: CheckpointStore, state: TrainState, iterator
+) -> tuple[TrainState, Record]:
+    restored = store.restore(state)
+    if restored is None:
+        return state, Record()
+    state, progress = restored
+    iterator.set_state(progress.pop("data"))
+    return state, Record(**progress)
+
+
+def _next(iterator: BatchIterator) -> dict[str, Any]:
+    try:
+        return next(iterator)
+    except StopIteration:
+        raise ValueError(
+            "iterator must be endless: it ended before the last step."
+        ) from None
+
+
+def _result(state, session: _Session, step_fn: _CountedStep, directory, seconds: float):
+    record, meter = session.record, session.log.meter
+    return TrainResult(
+        state=state,
+        step=record.step,
+        stopped_early=session.stopped_early,
+        best_step=record.best_step,
+        best_value=record.best_value,
+        history=read_metrics(directory),
+        tokens_per_second=meter.rate,
+        steady_tokens_per_second=meter.steady_rate,
+        seconds=seconds,
+        compilations=step_fn.compilations,
+        compile_seconds=step_fn.seconds,
+    )

@@ -1,0 +1,114 @@
+"""Losses: sums over real tokens, so that any batching, accumulation or sharding adds up exactly."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def projected_cross_entropy(
+    states: Array,
+    table: Array,
+    labels: Array,
+    weights: Array,
+    smoothing: float = 0.0,
+    chunks: int = 1,
+) -> tuple[Array, Array, Array]:
+    """Label-smoothed cross-entropy of the logits `states table^T`, summed over weighted tokens.
+
+    Projection and loss are one function because their gradients need each other's largest array:
+    the slope of the logits is made once, while they are in cache, and is used for both gradients
+    at once. No one-hot array is made, and with `chunks` > 1 the (B, T, V) logits never stand
+    whole. The target distribution is (1 - smoothing) on the label plus smoothing / V on every
+    class; all reductions are float32.
+
+    Args:
+        states: (B, T, D) floating.
+        table: (V, D) floating, the output embedding.
+        labels: (B, T) int in [0, V).
+        weights: (B, T) float32; 0 for padding.
+        smoothing: in [0, 1).
+        chunks: the time axis is cut in at most this many parts.
+
+    Returns:
+        Weighted sums, float32 scalars: the smoothed loss, the plain negative log-likelihood, and
+        the number of labels that are the most likely class. Only the first has gradients, with
+        respect to states and table.
+
+    Source: Szegedy et al. 2016, arXiv 1512.00567, eq. 7 (the smoothing; torch's convention);
+    gradients within the forward pass: Hsu et al. 2024, arXiv 2410.10989.
+    """
+    parts = (
+        _chunk(*part, table, smoothing)[0]
+        for part in _split(states, labels, weights, chunks)
+    )
+    return functools.reduce(_add, parts)
+
+
+def _forward(states, table, labels, weights, smoothing, chunks):
+    sums, slopes_states, slope_table = (jnp.zeros((), jnp.float32),) * 3, [], 0.0
+    for part in _split(states, labels, weights, chunks):
+        part_sums, slope = _chunk(*part, table, smoothing)
+        sums = _add(sums, part_sums)
+        slope = slope.astype(states.dtype)
+        slopes_states.append(
+            jnp.einsum("BTV,VD->BTD", slope, table.astype(states.dtype))
+        )
+        # (D, V), so that the small operand is the one that a backend has to transpose.
+        slope_table += jnp.einsum(
+            "BTD,BTV->DV", part[0], slope, preferred_element_type=jnp.float32
+        )
+    slope_states = jnp.concatenate(slopes_states, axis=1)
+    return sums, (slope_states, slope_table.T.astype(table.dtype))
+
+
+def _backward(smoothing, chunks, saved, cotangents):
+    slope_states, slope_table = saved
+    along = cotangents[0]
+    return (
+        slope_states * along.astype(slope_states.dtype),
+        slope_table * along.astype(slope_table.dtype),
+        None,
+        None,
+    )
+
+
+projected_cross_entropy.defvjp(_forward, _backward)
+
+
+def _chunk(states, labels, weights, table, smoothing):
+    """The three sums of a chunk, and the slope of the first with respect to its logits."""
+    table = table.astype(states.dtype)
+    logits = jnp.einsum(
+        "BTD,VD->BTV", states, table, preferred_element_type=jnp.float32
+    )
+    V = logits.shape[-1]
+    top = logits.max(axis=-1)
+    logsumexp = jnp.log(jnp.exp(logits - top[..., None]).sum(axis=-1)) + top
+    picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    mean = logits.mean(axis=-1)
+    nll = logsumexp - picked
+    loss = logsumexp - (1.0 - smoothing) * picked - smoothing * mean
+    sums = (loss * weights, nll * weights, (picked >= top) * weights)
+    classes = jax.lax.broadcasted_iota(labels.dtype, logits.shape, 2)
+    target = (
+        jnp.where(classes == labels[..., None], 1.0 - smoothing, 0.0) + smoothing / V
+    )
+    slope = (jnp.exp(logits - logsumexp[..., None]) - target) * weights[..., None]
+    return tuple(map(jnp.sum, sums)), slope
+
+
+def _split(states, labels, weights, chunks):
+    """Parts along time, so that a sharded batch axis stays whole."""
+    length = labels.shape[1]
+    size = -(-length // max(1, min(chunks, length)))
+    for at in range(0, length, size):
+        end = min(at + size, length)
+        yield states[:, at:end], labels[:, at:end], weights[:, at:end]
+
+
+def _add(left, right):
+    return tuple(a + b for a, b in zip(left, right))

@@ -1,0 +1,68 @@
+"""The whole state of a training run on the devices, as one frozen pytree."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from qkv_jax.training.sharding import replicated
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Everything a train step reads and writes.
+
+    Attributes:
+        step: () int32, updates made.
+        params: pytree of float32 arrays.
+        opt_state: the optimizer's.
+        rng: key data (not a typed key, so that it can be saved), the same in all steps: step n
+            uses fold_in(rng, n), whether or not the run was interrupted before n.
+        ema: exponential moving average of params, or None.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    rng: jax.Array
+    ema: Any = None
+
+
+def create_state(
+    params: Any | Callable[[], Any],
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    mesh: Mesh,
+    rng_impl: str = "rbg",
+    ema: bool = False,
+) -> TrainState:
+    """The state before the first step, made on the mesh.
+
+    Args:
+        params: pytree of float32 arrays, which is copied; or a function that makes it, run
+            under jit straight into its place, for models larger than one device.
+        optimizer: see make_optimizer.
+        seed: of the steps' random numbers (dropout), not of the parameters.
+        mesh: see make_mesh.
+        rng_impl: jax PRNG implementation; "rbg" is cheap on CPU and on accelerators.
+        ema: keep a moving average, which starts at params.
+    """
+
+    def create(given):
+        made = params() if callable(params) else given
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=made,
+            opt_state=optimizer.init(made),
+            rng=jax.random.key_data(jax.random.key(seed, impl=rng_impl)),
+            ema=made if ema else None,
+        )
+
+    given = None if callable(params) else params
+    return jax.jit(create, out_shardings=replicated(mesh))(given)

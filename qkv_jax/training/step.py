@@ -1,0 +1,171 @@
+"""One update, and one evaluation, as jitted pure functions of pytrees."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from qkv_jax.training.sharding import logical_sharding, place_batch, replicated
+from qkv_jax.training.state import TrainState
+
+# (params, batch, rng) -> (loss_sum, aux): float32 sums over the batch's real target tokens;
+# aux holds at least "tokens", their number. rng is a typed key, or None: deterministic.
+LossFn = Callable[
+    [Any, dict[str, jax.Array], Any], tuple[jax.Array, dict[str, jax.Array]]
+]
+Batch = dict[str, Any]
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    mesh: Mesh,
+    schedule: optax.Schedule | None = None,
+    accumulate: int = 1,
+    ema_decay: float | None = None,
+    rng_impl: str = "rbg",
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """A jitted step that minimises the loss per real token of the whole batch.
+
+    The gradient is that of (sum of losses over all rows, microbatches and devices) / (number of
+    real tokens in them), whatever the rows' lengths. Cost of accumulation: one gradient more.
+
+    Args:
+        loss_fn: see LossFn.
+        optimizer: see make_optimizer.
+        mesh: see make_mesh.
+        schedule: reported as "learning_rate"; None: not reported.
+        accumulate: microbatches, run one after another. Each takes every accumulate-th row, so
+            that each spans all devices.
+        ema_decay: of the moving average in state.ema, capped at (1 + n) / (10 + n) after n
+            updates; None: none.
+        rng_impl: that of state.rng.
+
+    Returns:
+        step(state, batch) -> (state, metrics). The given state is donated: use the returned one.
+        metrics: () float32 each: "tokens", "grad_norm" before clipping, "learning_rate", and
+        loss_fn's sums per token without their suffix ("loss_sum" is reported as "loss").
+        batch: dict of (B, ...), B divisible by accumulate times the mesh's data axis.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        rng = jax.random.wrap_key_data(state.rng, impl=rng_impl)
+        rng = jax.random.fold_in(rng, state.step)
+        grads, sums = _summed_gradient(
+            loss_fn, state.params, batch, rng, accumulate, mesh
+        )
+        metrics = per_token(sums)
+        scale = 1.0 / jnp.maximum(sums["tokens"], 1.0)
+        grads = jax.tree.map(lambda g: g * scale, grads)
+        # A clipping optimizer computes the same norm; XLA merges the two.
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        if schedule is not None:
+            metrics["learning_rate"] = schedule(state.step)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = (
+            None
+            if ema_decay is None
+            else _average(state.ema, params, state.step, ema_decay)
+        )
+        new = TrainState(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            rng=state.rng,
+            ema=ema,
+        )
+        return new, metrics
+
+    whole = replicated(mesh)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(whole, logical_sharding(mesh, "batch")),
+        out_shardings=(whole, whole),
+    )
+
+
+def make_eval_step(loss_fn: LossFn, *, mesh: Mesh) -> Callable[[Any, Batch], Metrics]:
+    """A jitted step(params, batch) -> loss_fn's sums, with rng None: no dropout."""
+    return jax.jit(
+        lambda params, batch: loss_fn(params, batch, None)[1],
+        in_shardings=(replicated(mesh), logical_sharding(mesh, "batch")),
+        out_shardings=replicated(mesh),
+    )
+
+
+def evaluate_loss(
+    eval_step: Callable[[Any, Batch], Metrics],
+    params: Any,
+    batches: Iterable[Batch],
+    *,
+    mesh: Mesh,
+) -> dict[str, float]:
+    """The means per real token over all batches, such as {"loss": 1.9, "nll": 1.7, "tokens": 812}.
+
+    Args:
+        eval_step: see make_eval_step.
+        params: on the mesh.
+        batches: dicts of numpy arrays (B, ...), B divisible by the mesh's data axis.
+        mesh: that of eval_step.
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    sums = [eval_step(params, place_batch(batch, mesh)) for batch in batches]
+    if not sums:
+        raise ValueError("batches must hold at least one batch to evaluate on.")
+    total = jax.tree.map(lambda *xs: sum(map(float, xs)), *jax.device_get(sums))
+    return {name: float(value) for name, value in per_token(total).items()}
+
+
+def per_token(sums: dict[str, Any]) -> dict[str, Any]:
+    """Sums over tokens -> means, {"loss_sum": 6, "tokens": 3} -> {"loss": 2, "tokens": 3}."""
+    tokens = sums["tokens"]
+    counted = tokens + (tokens == 0)
+    return {
+        name.removesuffix("_sum"): value if name == "tokens" else value / counted
+        for name, value in sums.items()
+    }
+
+
+def _summed_gradient(loss_fn, params, batch, rng, accumulate: int, mesh: Mesh):
+    """Gradient of the loss sum, and the sums, over all microbatches."""
+    gradient = jax.grad(loss_fn, has_aux=True)
+    if accumulate == 1:
+        return gradient(params, batch, rng)
+
+    def add(total, microbatch):
+        index, rows = microbatch
+        new = gradient(params, rows, jax.random.fold_in(rng, index))
+        return jax.tree.map(jnp.add, total, new), None
+
+    sharding = logical_sharding(mesh, None, "batch")
+
+    def split(x):
+        if x.shape[0] % accumulate:
+            raise ValueError(
+                f"batch has {x.shape[0]} rows, which accumulate={accumulate} does not divide."
+            )
+        x = jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+    microbatches = (jnp.arange(accumulate), jax.tree.map(split, batch))
+    rows = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), microbatches[1]
+    )
+    shapes = jax.eval_shape(gradient, params, rows, rng)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(add, zeros, microbatches)[0]
+
+
+def _average(ema, params, step, decay: float):
+    updates = step.astype(jnp.float32)
+    kept = jnp.minimum(decay, (1.0 + updates) / (10.0 + updates))
+    return jax.tree.map(lambda e, p: e + (1.0 - kept) * (p - e), ema, params)

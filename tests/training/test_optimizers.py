@@ -1,0 +1,94 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from qkv_jax.training import OptimizerConfig, make_optimizer, make_schedule
+
+# schedule, options, {step (1 = the first update): learning rate}, by hand.
+SCHEDULES = [
+    ("inverse_sqrt", {}, {1: 0.25, 2: 0.5, 4: 1.0, 16: 0.5, 64: 0.25}),
+    ("constant", {}, {1: 0.25, 4: 1.0, 5: 1.0, 100: 1.0}),
+    ("linear", {}, {2: 0.5, 4: 1.0, 12: 0.5, 20: 0.0, 30: 0.0}),
+    ("linear", {"final_fraction": 0.2}, {4: 1.0, 12: 0.6, 20: 0.2}),
+    ("cosine", {}, {4: 1.0, 8: 0.5 + 0.5**1.5, 12: 0.5, 20: 0.0}),
+    ("cosine", {"final_fraction": 0.1}, {4: 1.0, 12: 0.55, 20: 0.1}),
+    ("constant", {"warmup_steps": 0}, {1: 1.0, 7: 1.0}),
+    ("linear", {"warmup_steps": 0}, {1: 0.95, 10: 0.5, 20: 0.0}),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "expected"), SCHEDULES)
+def test_schedule_has_the_values_worked_out_by_hand(name, options, expected):
+    options = {"warmup_steps": 4, "peak_lr": 2.0} | options
+    schedule = make_schedule(OptimizerConfig(schedule=name, **options), 20)
+    for step, fraction in expected.items():
+        np.testing.assert_allclose(schedule(step - 1), 2.0 * fraction, atol=1e-6)
+
+
+def test_first_adam_update_is_the_learning_rate_against_the_gradient():
+    config = OptimizerConfig(peak_lr=0.4, warmup_steps=4, eps=1e-20)
+    optimizer = make_optimizer(config, 10)
+    params = {"w": jnp.array([1.0, 2.0])}
+    updates, _ = optimizer.update({"w": jnp.array([3.0, -7.0])}, optimizer.init(params))
+    np.testing.assert_allclose(updates["w"], [-0.1, 0.1], rtol=1e-6)
+
+
+def test_clipping_bounds_the_global_norm():
+    loose, tight = (
+        make_optimizer(OptimizerConfig(warmup_steps=1, clip_norm=norm, eps=1.0), 10)
+        for norm in (100.0, 1.0)
+    )
+    params = {"a": jnp.zeros(2), "b": jnp.zeros((1, 1))}
+    grads = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}  # norm 5
+    fifth = jax.tree.map(lambda g: g / 5, grads)
+    expected, _ = loose.update(fifth, loose.init(params))
+    clipped, _ = tight.update(grads, tight.init(params))
+    np.testing.assert_allclose(clipped["a"], expected["a"], rtol=1e-6)
+    np.testing.assert_allclose(clipped["b"], expected["b"], rtol=1e-6)
+    unclipped, _ = loose.update(grads, loose.init(params))
+    assert abs(float(unclipped["a"][0])) > 1.2 * abs(float(expected["a"][0]))
+
+
+def test_weight_decay_spares_vectors():
+    config = OptimizerConfig(
+        name="adamw", weight_decay=0.5, peak_lr=0.1, warmup_steps=1
+    )
+    optimizer = make_optimizer(config, 10)
+    params = {"kernel": jnp.full((2, 3), 4.0), "scale": jnp.full(3, 4.0)}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params["kernel"], 4.0 - 0.1 * 0.5 * 4.0, rtol=1e-6)
+    np.testing.assert_array_equal(params["scale"], 4.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "sgd"}, "name must be"),
+        ({"schedule": "step"}, "schedule must be"),
+        ({"peak_lr": 0.0}, "peak_lr must be positive"),
+        ({"warmup_steps": -1}, "warmup_steps must not be negative"),
+        ({"warmup_steps": 0}, "at least 1 for the schedule 'inverse_sqrt'"),
+        ({"final_fraction": 0.1}, "no meaning for the schedule 'inverse_sqrt'"),
+        (
+            {"final_fraction": 2.0, "schedule": "cosine"},
+            r"final_fraction must be in \[0, 1\]",
+        ),
+        ({"b2": 1.0}, "b1 and b2"),
+        ({"eps": 0.0}, "eps must be positive"),
+        ({"weight_decay": 0.1}, "needs name='adamw'"),
+        ({"weight_decay": -0.1, "name": "adamw"}, "weight_decay must not be negative"),
+        ({"clip_norm": 0.0}, "clip_norm must be positive"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**options)
+
+
+def test_a_warm_up_longer_than_a_decaying_run_is_an_error():
+    with pytest.raises(ValueError, match="less than the 10 steps"):
+        make_schedule(OptimizerConfig(schedule="linear", warmup_steps=10), 10)
