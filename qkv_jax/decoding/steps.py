@@ -1,0 +1,116 @@
+"""What a search is told: a model's decoding step, special ids, limits; and the checks of them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, Self
+
+import jax
+import jax.numpy as jnp
+
+
+class ReorderableCache(Protocol):
+    """A pytree whose hypotheses can be permuted and repeated, as beam search asks."""
+
+    def reorder(self, parents: jax.Array, /) -> Self:
+        """New hypothesis z of row b continues old hypothesis parents[b, z]; (B, Z) int32."""
+        ...
+
+
+# step(tokens (B, Z) int32, cache) -> (logits (B, Z, V), cache)
+Step = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
+
+# lengths (int32, any shape, at least 1) -> positive divisors, float32
+Penalty = Callable[[jax.Array], jax.Array]
+
+
+class Rules(NamedTuple):
+    """Checked arguments that both searches share.
+
+    Attributes:
+        excluded: ids that are never emitted.
+        max_length: M, size of the token buffer.
+        limits: (B,) int32, at most M: tokens each row may have, EOS included.
+    """
+
+    bos: int
+    eos: int
+    pad: int
+    excluded: tuple[int, ...]
+    max_length: int
+    limits: jax.Array
+    length_penalty: Penalty
+
+
+def checked_rules(
+    *,
+    batch_size: int,
+    bos: int,
+    eos: int,
+    pad: int,
+    max_length: int,
+    limit: jax.Array | None,
+    forbidden: Sequence[int],
+    length_penalty: Penalty,
+) -> Rules:
+    """Rules from a search's arguments.
+
+    Raises:
+        ValueError: a size is below 1; an id is negative; EOS is PAD or forbidden, so that nothing
+            could end; limit is not (B,) integers.
+    """
+    for name, size in (("batch_size", batch_size), ("max_length", max_length)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1; got {size}.")
+    if min(bos, eos, pad, *forbidden) < 0:
+        raise ValueError(
+            f"bos, eos, pad and forbidden must be at least 0; got {(bos, eos, pad, *forbidden)}."
+        )
+    if eos == pad or eos in forbidden:
+        raise ValueError(
+            f"eos must differ from pad = {pad} and forbidden = {tuple(forbidden)}; got {eos}."
+        )
+    excluded = tuple(sorted({pad, bos, *forbidden} - {eos}))
+    full = jnp.full((batch_size,), max_length, jnp.int32)
+    limit = full if limit is None else jnp.asarray(limit)
+    if limit.shape != (batch_size,) or not jnp.issubdtype(limit.dtype, jnp.integer):
+        raise ValueError(
+            f"limit must be integers of shape (B,) = ({batch_size},); "
+            f"got {limit.dtype} of shape {limit.shape}."
+        )
+    limits = jnp.minimum(limit.astype(jnp.int32), full)
+    return Rules(bos, eos, pad, excluded, max_length, limits, length_penalty)
+
+
+def normalise(
+    logits: jax.Array, rules: Rules, *, tokens: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Float32 logits with excluded ids at -inf, and what turns them into log-probabilities.
+
+    The probability of what is excluded goes to the rest: the probabilities of all hypotheses
+    that can be emitted sum to one.
+
+    Args:
+        logits: what step returned.
+        rules: the search's.
+        tokens: (B, Z), what step was given.
+
+    Returns:
+        logits (B, Z, V) and normaliser (B, Z): log-probabilities are their difference, -inf (and
+        not NaN) where every logit is -inf.
+
+    Raises:
+        ValueError: logits are not (B, Z, V), or an id is not below V.
+    """
+    if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
+        batch_size, beams = tokens.shape
+        raise ValueError(
+            f"step must return logits (B, Z, V) = ({batch_size}, {beams}, V); got {logits.shape}."
+        )
+    vocabulary = logits.shape[-1]
+    if max(rules.eos, *rules.excluded) >= vocabulary:
+        raise ValueError(
+            f"eos, pad, bos and forbidden must be below V = {vocabulary}; "
+            f"got {(rules.eos, *rules.excluded)}."
+        )
+    logits = logits.astype(jnp.float32).at[..., jnp.array(rules.excluded)].set(-jnp.inf)
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    return logits, jnp.where(normaliser == -jnp.inf, 0.0, normaliser)

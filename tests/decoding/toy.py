@@ -1,0 +1,127 @@
+"""A language model small enough to search by hand: tables, exact in any batch.
+
+Its state is a hash of the whole prefix, so hypotheses mixed up by a wrong `reorder` get wrong
+logits. The oracles are plain Python over the same tables, and share no code with the searches.
+"""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PAD, BOS, EOS = 0, 1, 2
+SPECIAL = {"bos": BOS, "eos": EOS, "pad": PAD}
+STATES = 97
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ToyCache:
+    """state and beam index (B, Z), history (B, Z, M) of consumed tokens, number of calls ()."""
+
+    state: jax.Array
+    history: jax.Array
+    calls: jax.Array
+
+    def reorder(self, parents):
+        rows = jnp.arange(parents.shape[0])[:, None]
+        return dataclasses.replace(
+            self, state=self.state[rows, parents], history=self.history[rows, parents]
+        )
+
+
+def toy_cache(rows, beams, max_length=16):
+    """Row b starts in state rows[b], so that rows are different sentences."""
+    state = jnp.broadcast_to(jnp.asarray(rows, jnp.int32)[:, None], (len(rows), beams))
+    history = jnp.full((len(rows), beams, max_length), -1, jnp.int32)
+    return ToyCache(state, history, jnp.zeros((), jnp.int32))
+
+
+def toy_table(vocabulary, *, seed=0, spread=2.0):
+    """(STATES, V) float32 logits."""
+    rng = np.random.default_rng(seed)
+    return (spread * rng.normal(size=(STATES, vocabulary))).astype(np.float32)
+
+
+def toy_step(table):
+    def step(tokens, cache):
+        state = next_state(cache.state, tokens)
+        history = cache.history.at[:, :, cache.calls].set(tokens)
+        return jnp.asarray(table)[state], ToyCache(state, history, cache.calls + 1)
+
+    return step
+
+
+def next_state(state, token):
+    return (state * 31 + token * 17 + 7) % STATES
+
+
+def log_probs_after(table, row, prefix):
+    """(V,) float64 log-probabilities of the token after BOS + prefix; PAD and BOS excluded."""
+    state = row
+    for token in (BOS, *prefix):
+        state = next_state(state, token)
+    logits = table[state].astype(np.float64)
+    logits[[PAD, BOS]] = -np.inf
+    return logits - np.logaddexp.reduce(logits)
+
+
+def log_prob(table, row, tokens):
+    return sum(log_probs_after(table, row, tokens[:i])[t] for i, t in enumerate(tokens))
+
+
+def every_hypothesis(table, row, limit, penalty):
+    """All (score, tokens) with an EOS within limit, best first."""
+    words = range(EOS + 1, table.shape[1])
+    found = [
+        (*body, EOS)
+        for length in range(limit)
+        for body in itertools.product(words, repeat=length)
+    ]
+    scored = [
+        (log_prob(table, row, tokens) / penalty(len(tokens)), tokens)
+        for tokens in found
+    ]
+    return sorted(scored, key=lambda entry: -entry[0])
+
+
+def greedy_oracle(table, row, limit):
+    tokens = ()
+    while EOS not in tokens:
+        last = len(tokens) + 1 == limit
+        token = EOS if last else int(np.argmax(log_probs_after(table, row, tokens)))
+        tokens += (token,)
+    return tokens
+
+
+def beam_oracle(table, row, limit, beams, penalty):
+    """Runs to the limit, without early exit: (score, tokens), best first."""
+    alive, finished = [(0.0, ())], []
+    for length in range(1, limit + 1):
+        candidates = []
+        for total, tokens in alive:
+            gains = log_probs_after(table, row, tokens)
+            allowed = [EOS] if length == limit else range(EOS, table.shape[1])
+            candidates += [
+                (total + gains[token], (*tokens, token)) for token in allowed
+            ]
+        candidates.sort(key=lambda entry: -entry[0])
+        ended = [entry for entry in candidates[:beams] if entry[1][-1] == EOS]
+        finished += [(total / penalty(length), tokens) for total, tokens in ended]
+        alive = [entry for entry in candidates if entry[1][-1] != EOS][:beams]
+    return sorted(finished, key=lambda entry: -entry[0])[:beams]
+
+
+def as_tuples(hypotheses, row):
+    """Token tuples of the hypotheses of a row; asserts that PAD and nothing else follows EOS."""
+    found = []
+    for tokens, length in zip(
+        np.asarray(hypotheses.tokens[row]),
+        np.asarray(hypotheses.lengths[row]),
+        strict=True,
+    ):
+        assert (tokens[length:] == PAD).all()
+        found.append(tuple(tokens[:length].tolist()))
+    return found
