@@ -1,0 +1,13 @@
+"""The translation task: text, tokeniser, model, loop and search, joined by one configuration."""
+
+from qkv_jax.translation.config import DecodingConfig as DecodingConfig
+from qkv_jax.translation.config import RunConfig as RunConfig
+from qkv_jax.translation.config import TextConfig as TextConfig
+from qkv_jax.translation.config import TranslationConfig as TranslationConfig
+from qkv_jax.translation.evaluate import Scores as Scores
+from qkv_jax.translation.evaluate import score as score
+from qkv_jax.translation.run import evaluate_run as evaluate_run
+from qkv_jax.translation.run import load_run as load_run
+from qkv_jax.translation.run import train_run as train_run
+from qkv_jax.translation.translator import Translation as Translation
+from qkv_jax.translation.translator import Translator as Translator

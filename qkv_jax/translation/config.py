@@ -1,0 +1,202 @@
+"""The configuration of a translation run, and its form as JSON."""
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from qkv_jax.data import Filters, HomeAssistantData, HubData, ParallelData
+from qkv_jax.decoding import LengthPenalty, gnmt, power
+from qkv_jax.models import seq2seq
+from qkv_jax.training import (
+    MeshConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    make_schedule,
+)
+
+METRICS = {"loss": "min", "nll": "min", "correct": "max", "bleu": "max"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """From text to batches.
+
+    Attributes:
+        vocabulary: subwords, shared by both languages.
+        tokenizer: SentencePiece's model type.
+        filters: which training pairs are left out.
+        batch_tokens: target tokens of an update, padding included.
+        batch_source_tokens: the same for the source; None: no such limit.
+        buckets: static batch shapes, hence compilations of the step.
+        max_source, max_target: tokens of the longest row, EOS included.
+        overlong: whether longer training pairs are dropped or cut; both are counted.
+    """
+
+    vocabulary: int = 8000
+    tokenizer: Literal["unigram", "bpe"] = "unigram"
+    filters: Filters = field(default_factory=Filters)
+    batch_tokens: int = 4096
+    batch_source_tokens: int | None = None
+    buckets: int = 8
+    max_source: int = 128
+    max_target: int = 128
+    overlong: Literal["drop", "truncate"] = "drop"
+
+    def __post_init__(self):
+        for name in (
+            "vocabulary",
+            "batch_tokens",
+            "buckets",
+            "max_source",
+            "max_target",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingConfig:
+    """How sentences are translated.
+
+    Attributes:
+        beams: Z; 1 is greedy search.
+        length_penalty: "power" divides by length ** alpha, "gnmt" by ((5 + length) / 6) ** alpha.
+        alpha: 0 compares raw log-probabilities.
+        exact: whether a search runs until no better hypothesis is possible, or stops once none
+            would win by ending at its next token (far fewer steps; may miss a longer one).
+        batch_rows: sentences translated at once.
+        max_length: tokens of the longest translation, EOS included. A translation has at most
+            10 more than twice its source.
+    """
+
+    beams: int = 5
+    length_penalty: Literal["power", "gnmt"] = "power"
+    alpha: float = 1.0
+    exact: bool = False
+    batch_rows: int = 64
+    max_length: int = 256
+
+    def __post_init__(self):
+        for name in ("beams", "batch_rows", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"alpha must be finite; got {self.alpha}.")
+
+    @property
+    def penalty(self) -> LengthPenalty:
+        return (power if self.length_penalty == "power" else gnmt)(self.alpha)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run lies.
+
+    Attributes:
+        directory: of the run; None: runs/<name of the experiment>.
+    """
+
+    directory: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslationConfig:
+    """A translation run.
+
+    Attributes:
+        data: where the parallel text comes from.
+        text: tokeniser and batches.
+        model: sizes of the Transformer; its vocabulary is the tokeniser's.
+        label_smoothing: share of the target distribution spread over all subwords.
+        optimizer, training, mesh: how it is trained, and on which devices.
+        validation_sentences: validation pairs translated greedily at each evaluation, for the
+            metric "bleu"; 0: none, and the validation loss decides.
+        decoding: how the trained model translates.
+        run: where the run lies.
+    """
+
+    data: ParallelData | HomeAssistantData | HubData
+    text: TextConfig = field(default_factory=TextConfig)
+    model: seq2seq.Config = field(default_factory=seq2seq.tiny)
+    label_smoothing: float = 0.1
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    validation_sentences: int = 0
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self):
+        if self.model.vocabulary:
+            raise ValueError(
+                "model.vocabulary is the tokeniser's: set text.vocabulary instead; "
+                f"got {self.model.vocabulary}."
+            )
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(
+                f"label_smoothing must be in [0, 1); got {self.label_smoothing}."
+            )
+        if self.training.metric not in METRICS:
+            raise ValueError(
+                f"metric must be one of {', '.join(METRICS)}; got {self.training.metric!r}."
+            )
+        if self.training.mode != METRICS[self.training.metric]:
+            raise ValueError(
+                f"mode must be {METRICS[self.training.metric]!r} for the metric "
+                f"{self.training.metric!r}; got {self.training.mode!r}."
+            )
+        if self.training.metric == "bleu" and self.validation_sentences < 1:
+            raise ValueError(
+                "metric 'bleu' needs validation_sentences of at least 1; "
+                f"got {self.validation_sentences}."
+            )
+        # A warm-up that does not fit into the steps is an error before anything is written.
+        make_schedule(self.optimizer, self.training.steps)
+
+    def to_json(self) -> dict[str, Any]:
+        """What makes the run what it is: all fields but where it lies, in JSON's types."""
+        content = _plain(dataclasses.replace(self, run=RunConfig()))
+        del content["run"]
+        return content
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "TranslationConfig":
+        """The configuration that `to_json` made the content from.
+
+        Raises:
+            ValueError, TypeError, KeyError: it made no such content.
+        """
+        return _build(cls, content)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        names = [f.name for f in dataclasses.fields(value)]
+        return {"kind": type(value).__name__} | {
+            name: _plain(getattr(value, name)) for name in names
+        }
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _build(kind: Any, content: Any) -> Any:
+    """`content` as an object of a dataclass, a union of them, a tuple, a path or a plain type."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        kinds = list(typing.get_args(kind))
+        if isinstance(content, dict):
+            kinds = [k for k in kinds if getattr(k, "__name__", "") == content["kind"]]
+        elif content is None:
+            return None
+        return _build(next(k for k in kinds if k is not type(None)), content)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        fields = {name: part for name, part in content.items() if name != "kind"}
+        return kind(**{n: _build(hints[n], part) for n, part in fields.items()})  # type: ignore[operator]
+    if typing.get_origin(kind) is tuple:
+        return tuple(content)
+    return Path(content) if kind is Path else content

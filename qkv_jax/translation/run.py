@@ -1,0 +1,325 @@
+"""A whole run: text in, a trained, evaluated model on disk out; and back from disk."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from rich.console import Console
+
+from qkv_jax import data, training, viz
+from qkv_jax.data import BOS, PAD, EncodedPairs, Pair, Tokenizer
+from qkv_jax.models import seq2seq
+from qkv_jax.training.losses import projected_cross_entropy
+from qkv_jax.translation.config import TranslationConfig
+from qkv_jax.translation.evaluate import Scores, score
+from qkv_jax.translation.translator import Translator, model_graph
+
+Checkpoint = int | Literal["best", "latest", "average"]
+LOSS_CHUNKS = 4
+VALIDATION_BUCKETS = 4
+TOKENIZER = "tokenizer"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Text made ready: the corpus, its tokeniser, and the training and validation batches."""
+
+    corpus: data.Corpus
+    tokenizer: Tokenizer
+    stream: data.BatchStream
+    valid: EncodedPairs
+    report: list[str]
+
+
+def prepare(config: TranslationConfig, *, rows_multiple: int = 1) -> Prepared:
+    """Reads, filters, tokenises and batches the corpus of a configuration.
+
+    Args:
+        config: of the run.
+        rows_multiple: what the rows of every batch are a multiple of.
+
+    Raises:
+        DataError: the text cannot be read, or nothing is left of it.
+    """
+    text, corpus = config.text, config.data.load()
+    train, filtered = data.filter_pairs(corpus.train, text.filters)
+    if not train:
+        raise data.DataError(
+            f"no training pair is left ({filtered}): loosen text.filters, or use other text"
+        )
+    tokenizer = data.train_tokenizer(
+        [side for pair in train for side in pair],
+        vocab_size=text.vocabulary,
+        model_type=text.tokenizer,
+    )
+    pairs = data.encode_pairs(train, tokenizer)
+    buckets = data.choose_buckets(
+        pairs.source.lengths,
+        pairs.target.lengths,
+        count=text.buckets,
+        max_source=text.max_source,
+        max_target=text.max_target,
+    )
+    stream = data.BatchStream(
+        pairs,
+        buckets,
+        target_tokens=text.batch_tokens,
+        source_tokens=text.batch_source_tokens,
+        rows_multiple=rows_multiple,
+        overlong=text.overlong,
+        seed=config.training.seed,
+    )
+    report = [] if corpus.report is None else [f"corpus: {corpus.report}"]
+    report += [
+        f"filters: {filtered}",
+        f"parts: {len(train):,} training, {len(corpus.valid):,} validation, {len(corpus.test):,} test",
+        f"vocabulary: {tokenizer.vocab_size:,} subwords",
+        str(stream.report()),
+    ]
+    return Prepared(
+        corpus, tokenizer, stream, data.encode_pairs(corpus.valid, tokenizer), report
+    )
+
+
+def make_loss(config: seq2seq.Config, label_smoothing: float) -> training.step.LossFn:
+    """The loss of `training.train` for this model: sums over the real target tokens."""
+    graph = model_graph(config)
+
+    def loss_fn(params, batch, rng):
+        model, target = nnx.merge(graph, params), batch["target"]
+        shifted = jnp.pad(target[:, :-1], ((0, 0), (1, 0)), constant_values=BOS)
+        states = model.states(batch["source"], shifted, rng=rng)
+        weights = (target != PAD).astype(jnp.float32)
+        loss, nll, correct = projected_cross_entropy(
+            states,
+            model.output_embedding.table[...],
+            target,
+            weights,
+            label_smoothing,
+            LOSS_CHUNKS,
+        )
+        sums = {"loss_sum": loss, "nll_sum": nll, "correct_sum": correct}
+        return loss, sums | {"tokens": weights.sum()}
+
+    return loss_fn
+
+
+def init_params(config: seq2seq.Config, *, seed: int) -> Any:
+    """The parameters of a new model."""
+    return nnx.state(seq2seq.Model(config, rngs=nnx.Rngs(seed)), nnx.Param)
+
+
+def train_run(
+    config: TranslationConfig, *, console: Console | None = None
+) -> dict[str, Any]:
+    """Trains, evaluates and draws; or resumes what was begun in the same directory.
+
+    Args:
+        config: of the run; `run.directory` is set.
+        console: for progress; None: standard error.
+
+    Returns:
+        What result.json holds.
+
+    Raises:
+        DataError: the text cannot be used.
+        RunError: the directory is another run's, a finished one, or damaged.
+    """
+    began = time.perf_counter()
+    console = console or Console(stderr=True)
+    directory = Path(config.run.directory or "")
+    try:
+        mesh = training.make_mesh(config.mesh)
+    except ValueError as error:
+        raise training.RunError(f"mesh: {error}") from error
+    multiple = mesh.shape["data"] * config.training.accumulate
+    prepared = prepare(config, rows_multiple=multiple)
+    if config.training.patience is not None and not prepared.corpus.valid:
+        raise data.DataError(
+            "training.patience needs validation text: give the corpus a validation part, or "
+            "--training.patience None"
+        )
+    tokenizer = prepared.tokenizer
+    model = dataclasses.replace(config.model, vocabulary=tokenizer.vocab_size, pad=PAD)
+    training.open_run(directory, config.to_json() | {"tokenizer": tokenizer.digest})
+    tokenizer.save(directory / TOKENIZER)
+    params = init_params(model, seed=config.training.seed)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    for line in [*prepared.report, f"model: {count:,} parameters; run: {directory}"]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    result = training.train(
+        params=params,
+        loss_fn=make_loss(model, config.label_smoothing),
+        optimizer=config.optimizer,
+        config=config.training,
+        iterator=data.train_iterator(prepared.stream),
+        directory=directory,
+        evaluate=_validation(config, model, prepared, mesh)
+        if len(prepared.valid.source)
+        else None,
+        mesh=mesh,
+        console=console,
+    )
+    trained = time.perf_counter() - began
+    summary = {
+        "steps": result.step,
+        "stopped_early": result.stopped_early,
+        "best_step": result.best_step,
+        "parameters": count,
+        "training_seconds": trained,
+        "tokens_per_second": result.tokens_per_second,
+        "steady_tokens_per_second": result.steady_tokens_per_second,
+        "compilations": result.compilations,
+        "compile_seconds": result.compile_seconds,
+    }
+    translator = load_run(directory, mesh=mesh)
+    draw_run(
+        directory, translator, (prepared.corpus.test or prepared.corpus.train)[:50]
+    )
+    if prepared.corpus.test:
+        scores, _ = evaluate_run(translator, prepared.corpus.test)
+        summary["test"] = scores.to_json()
+    summary["seconds"] = time.perf_counter() - began
+    training.finish_run(directory, summary)
+    return summary
+
+
+def load_run(
+    directory: str | Path,
+    *,
+    checkpoint: Checkpoint | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    **decoding: Any,
+) -> Translator:
+    """The model of a run, ready to translate.
+
+    Args:
+        directory: of the run.
+        checkpoint: a step, "best", "latest", or "average" of the last `training.average`; None:
+            "average" where the run is configured for it, else "best".
+        mesh: see `Translator`.
+        **decoding: fields of `DecodingConfig` to change; None: as configured.
+
+    Raises:
+        RunError: it is no run, or its checkpoint is missing or damaged.
+    """
+    config = read_run(directory)
+    try:
+        tokenizer = Tokenizer.load(Path(directory) / TOKENIZER)
+    except data.DataError as error:
+        raise training.RunError(str(error)) from error
+    model = dataclasses.replace(config.model, vocabulary=tokenizer.vocab_size, pad=PAD)
+    average = config.training.average
+    like = jax.eval_shape(lambda: init_params(model, seed=0))
+    if checkpoint is None:
+        checkpoint = "average" if average > 1 else "best"
+    if checkpoint == "average":
+        params = training.average_params(directory, like, count=average)
+    else:
+        params = training.restore_params(directory, like, step=checkpoint)
+    changes = {name: value for name, value in decoding.items() if value is not None}
+    return Translator(
+        model,
+        params,
+        tokenizer,
+        decoding=dataclasses.replace(config.decoding, **changes),
+        max_source=config.text.max_source,
+        mesh=mesh,
+    )
+
+
+def read_run(directory: str | Path) -> TranslationConfig:
+    """The configuration of a run on disk.
+
+    Raises:
+        RunError: it is no run of this task.
+    """
+    content = training.read_config(directory)
+    content.pop("tokenizer", None)
+    try:
+        return TranslationConfig.from_json(content)
+    except (KeyError, StopIteration, TypeError, ValueError) as error:
+        raise training.RunError(
+            f"{directory} is not a run of this version's translation task ({error}): "
+            "use the version that made it."
+        ) from error
+
+
+def evaluate_run(
+    translator: Translator, pairs: Sequence[Pair]
+) -> tuple[Scores, list[str]]:
+    """Scores of a model on (source, reference) pairs, and its translations."""
+    translations = [best[0].text for best in translator([pair[0] for pair in pairs])]
+    return score(translations, [pair[1] for pair in pairs]), translations
+
+
+def draw_run(directory: Path, translator: Translator, pairs: Sequence[Pair]) -> None:
+    """Draws curves.png, and attention.png of a sentence of middling length."""
+    viz.plot_curves(directory / training.metrics.METRICS_FILE, directory / "curves.png")
+    usual = sorted(pairs, key=lambda pair: abs(len(pair[0].split()) - 8))
+    draw_attention(translator, usual[0][0], directory / "attention.png")
+
+
+def draw_attention(
+    translator: Translator, sentence: str, path: Path, *, layer: str | None = None
+) -> None:
+    """Draws a layer's attention for one sentence; the last cross-attention by default."""
+    layer = layer or f"decoder.{translator.config.decoder_layers - 1}.cross"
+    weights, looked_at, asks = translator.attention(sentence, layer=layer)
+    viz.plot_attention(weights, looked_at, asks, path, title=layer)
+
+
+def _validation(
+    config: TranslationConfig, model: seq2seq.Config, prepared: Prepared, mesh
+) -> Callable[[Any], dict[str, float]]:
+    """parameters -> loss per token on the validation pairs, and BLEU of the first of them."""
+    valid, text = prepared.valid, config.text
+    buckets = data.choose_buckets(
+        valid.source.lengths,
+        valid.target.lengths,
+        count=VALIDATION_BUCKETS,
+        max_source=text.max_source,
+        max_target=text.max_target,
+    )
+    eval_step = training.make_eval_step(
+        make_loss(model, config.label_smoothing), mesh=mesh
+    )
+    shown = prepared.corpus.valid[: config.validation_sentences]
+    greedy = dataclasses.replace(config.decoding, beams=1)
+
+    def evaluate(params: Any) -> dict[str, float]:
+        batches = data.eval_batches(
+            valid,
+            buckets,
+            target_tokens=text.batch_tokens,
+            rows_multiple=mesh.shape["data"],
+        )
+        means = training.evaluate_loss(
+            eval_step, params, (batch for _, batch in batches), mesh=mesh
+        )
+        del means["tokens"]
+        if shown:
+            translator = Translator(
+                model,
+                params,
+                prepared.tokenizer,
+                decoding=greedy,
+                max_source=text.max_source,
+                mesh=mesh,
+            )
+            means["bleu"] = evaluate_run(translator, shown)[0].bleu
+        return means
+
+    return evaluate
+
+
+def read_result(directory: str | Path) -> dict[str, Any] | None:
+    """What a finished run wrote into result.json; None where it has not finished."""
+    file = Path(directory) / training.runs.RESULT_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None

@@ -1,0 +1,64 @@
+"""Every experiment: its command, its shapes, and two steps of it on a toy corpus."""
+
+import functools
+import importlib.util
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+from qkv_jax.training import read_metrics
+from qkv_jax.translation.run import init_params, make_loss
+from tests.translation import toy
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "experiments").rglob("*.py"))
+
+
+def load(file):
+    spec = importlib.util.spec_from_file_location(f"experiment_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+each = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+
+
+@each
+def test_its_docstring_gives_a_command_that_names_it(file):
+    (path,) = re.findall(r"^ {4}qkv-jax train (\S+)", load(file).__doc__, re.MULTILINE)
+    assert ROOT / path == file
+
+
+@each
+def test_its_model_and_loss_have_shapes(file):
+    config = load(file).CONFIG
+    vocabulary = config.text.vocabulary
+    model = config.model.__class__(**(vars(config.model) | {"vocabulary": vocabulary}))
+    params = jax.eval_shape(functools.partial(init_params, model, seed=0))
+    shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
+    assert (vocabulary, model.d_model) in shapes
+    row = {
+        "source": jax.ShapeDtypeStruct((2, config.text.max_source), "int32"),
+        "target": jax.ShapeDtypeStruct((2, config.text.max_target), "int32"),
+    }
+    loss = make_loss(model, config.label_smoothing)
+    total, sums = jax.eval_shape(functools.partial(loss, rng=None), params, row)
+    assert total.shape == sums["tokens"].shape == ()
+
+
+@each
+def test_it_trains_two_steps_shrunk(file, tmp_path, monkeypatch):
+    monkeypatch.setenv("QKV_JAX_CACHE", str(tmp_path / "cache"))
+    corpus = toy.write_corpus(tmp_path / "corpus")
+    config = toy.shrink(
+        load(file).CONFIG, corpus=corpus, directory=tmp_path / "run", steps=2
+    )
+    result = toy.run(config)
+    assert result["steps"] == 2
+    assert 0 <= result["test"]["bleu"] <= 100
+    losses = [row["train/loss"] for row in read_metrics(tmp_path / "run")[:2]]
+    assert all(loss > 0 for loss in losses)
