@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,16 @@ from qkv_jax.layers import (
 from qkv_jax.ops import Ancestry, KVCache, masks
 
 Array = jax.Array
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "activation": get_args(Activation),
+    "norm": get_args(NormPlace),
+    "tie": ("all", "target", "none"),
+    "dtype": ("float32", "bfloat16"),
+}
+SIZES = ("d_model", "d_ff", "heads", "encoder_layers", "decoder_layers")
+RATES = ("dropout", "embedding_dropout", "attention_dropout", "activation_dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,21 +73,30 @@ class Config:
     pad: int = 0
 
     def __post_init__(self):
-        kv_heads = self.kv_heads or self.heads
-        if self.heads < 1 or self.d_model % (2 * self.heads) or self.heads % kv_heads:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {list(choices)}; got {getattr(self, name)!r}."
+                )
+        for name in SIZES:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
+        for name in RATES:
+            rate = getattr(self, name)
+            if rate is not None and not 0.0 <= rate < 1.0:
+                raise ValueError(f"{name} must be in [0, 1); got {rate}.")
+        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
+        if kv_heads < 1 or self.d_model % (2 * self.heads) or self.heads % kv_heads:
             raise ValueError(
                 "heads must divide d_model into even sizes and kv_heads must divide heads; got "
                 f"d_model = {self.d_model}, heads = {self.heads}, kv_heads = {self.kv_heads}."
             )
-        for name in (
-            "dropout",
-            "embedding_dropout",
-            "attention_dropout",
-            "activation_dropout",
-        ):
-            rate = getattr(self, name)
-            if rate is not None and not 0.0 <= rate < 1.0:
-                raise ValueError(f"{name} must be in [0, 1); got {rate}.")
+        if self.vocabulary < 0:
+            raise ValueError(f"vocabulary must be positive; got {self.vocabulary}.")
+        if self.pad < 0 or 0 < self.vocabulary <= self.pad:
+            raise ValueError(
+                f"pad must be a token of the vocabulary of {self.vocabulary}; got {self.pad}."
+            )
 
 
 def tiny(**changes: Any) -> Config:
@@ -106,12 +125,18 @@ def small(**changes: Any) -> Config:
 
 
 def base(**changes: Any) -> Config:
-    """6+6 layers, d512, ff2048, 8 heads: 65M parameters at V = 37,000 (Vaswani et al. 2017)."""
+    """6+6 layers, d512, ff2048, 8 heads: 63M parameters at V = 37,000.
+
+    Source: Vaswani et al. 2017, table 3, which gives 65M.
+    """
     return Config(**changes)
 
 
 def big(**changes: Any) -> Config:
-    """6+6 layers, d1024, ff4096, 16 heads: 213M parameters at V = 37,000 (the same, table 3)."""
+    """6+6 layers, d1024, ff4096, 16 heads, dropout 0.3: 214M parameters at V = 37,000.
+
+    Source: Vaswani et al. 2017, table 3, which gives 213M.
+    """
     sizes: dict[str, Any] = {"d_model": 1024, "d_ff": 4096, "heads": 16, "dropout": 0.3}
     return Config(**(sizes | changes))
 
@@ -288,15 +313,17 @@ class Model(nnx.Module):
             raise ValueError(
                 f"no attention layer {unknown[0]!r}; there are {', '.join(layers)}."
             )
+        chosen = {name: layers[name] for name in names}
         try:
-            for name in names:
-                layers[name].record = True
+            for layer in chosen.values():
+                layer.record = True
             self.states(source, target)
-            return {name: layers[name].weights[...] for name in names}
+            return {name: layer.weights[...] for name, layer in chosen.items()}
         finally:
-            for name in names:
-                layers[name].record = False
-                del layers[name].weights
+            for layer in chosen.values():
+                layer.record = False
+                if hasattr(layer, "weights"):
+                    del layer.weights
 
     def init_cache(
         self, memory: Array, source_lengths: Array, *, hypotheses: int, steps: int

@@ -3,7 +3,7 @@
 Axes and layouts are those of `jax.nn`: query (B, T, N, H), key (B, S, K, H), value (B, S, K, E).
 """
 
-from typing import Literal
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,38 @@ from qkv_jax.ops.scores import Score
 
 Array = jax.Array
 Implementation = Literal["reference"]
+
+
+@overload
+def dot_product_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: Mask | Array | None = None,
+    score: Score | None = None,
+    scale: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None,
+    implementation: Implementation | None = None,
+    return_residuals: Literal[False] = False,
+) -> Array: ...
+
+
+@overload
+def dot_product_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: Mask | Array | None = None,
+    score: Score | None = None,
+    scale: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None,
+    implementation: Implementation | None = None,
+    return_residuals: Literal[True],
+) -> tuple[Array, Array]: ...
 
 
 def dot_product_attention(
@@ -56,7 +88,7 @@ def dot_product_attention(
     Source: Vaswani et al. 2017, arXiv 1706.03762, eq. 1; grouped heads: Ainslie et al. 2023,
     arXiv 2305.13245.
     """
-    _check(query, key, value)
+    _check(query, key, value, score)
     if dropout_rate > 0.0 and dropout_rng is None:
         raise ValueError(
             "dropout_rng must be a jax.random key when dropout_rate > 0; got None."
@@ -92,12 +124,12 @@ def attention_weights(
 
     For looking at a model, not for computing with it: always O(T S) memory. Arguments as there.
     """
-    _check(query, key, None)
+    _check(query, key, None, score)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return reference_weights(query, key, mask=as_mask(mask), score=score, scale=scale)
 
 
-def _check(query: Array, key: Array, value: Array | None) -> None:
+def _check(query: Array, key: Array, value: Array | None, score: Score | None) -> None:
     arrays = {"query": query, "key": key} | ({} if value is None else {"value": value})
     for name, array in arrays.items():
         if array.ndim != 4:
@@ -120,4 +152,8 @@ def _check(query: Array, key: Array, value: Array | None) -> None:
         raise ValueError(
             "key and value must agree in batch, length and heads; got "
             f"{key.shape} and {value.shape}."
+        )
+    if score is not None and not isinstance(score, Score):
+        raise TypeError(
+            f"score must be a Score, such as scores.modifier(fn); got {type(score).__name__}."
         )

@@ -1,9 +1,8 @@
 """Dropout whose pattern is a function of (rng, index) alone.
 
 Each element's fate is a hash of a 32-bit seed and its own indices: the same in any block, under
-any sharding and after any re-batching. It is arithmetic on an iota, so XLA fuses it into its
-consumer; on CPU it costs a fifth of threefry and, unlike `rbg`, does not change when a program
-is partitioned.
+any sharding and after any re-batching. It is arithmetic on an iota, so XLA can fuse it into its
+consumer, and no random bits are stored.
 """
 
 import jax
@@ -24,8 +23,7 @@ def keep(rng: Array, rate: float, *indices: Array) -> Array:
     Returns:
         bool, of the indices' broadcast shape.
 
-    Source: the mixer is `lowbias32` of C. Wellons' hash prospector (bias 0.17 against 0.25 of
-    murmur3's finaliser), folded once an axis.
+    Source: the mixer is `lowbias32` of C. Wellons' hash prospector, folded once an axis.
     """
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"rate must be in [0, 1); got {rate}.")

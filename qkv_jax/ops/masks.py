@@ -38,7 +38,7 @@ class Mask:
         return Not(mask=self)
 
 
-def index_arrays(shape: tuple[int, int, int, int]) -> tuple[Array, Array, Array, Array]:
+def index_arrays(shape: tuple[int, ...]) -> tuple[Array, Array, Array, Array]:
     """The indices b, h, q, k of a (B, N, T, S) grid as int32 arrays that broadcast to it."""
     return tuple(  # type: ignore[return-value]
         jnp.arange(size, dtype=jnp.int32).reshape(
@@ -108,6 +108,12 @@ class Lengths(Mask):
         if self.key is not None:
             inside = inside & (k < self.key[b])
         return inside
+
+    def materialise(self, shape):
+        for name, array in (("query", self.query), ("key", self.key)):
+            if array is not None:
+                _expect("lengths", f"{name} (B,)", array.shape, shape[:1])
+        return super().materialise(shape)
 
 
 @jax.tree_util.register_dataclass

@@ -72,19 +72,13 @@ def _softmax(query, key, value, *, mask, score, scale):
         key if mask is None else _finite(key),
         preferred_element_type=dtype,
     ).reshape(B, N, T, S) * jnp.asarray(scale, dtype)
-    if mask is None:
-        logits = (
-            logits
-            if score is None
-            else score.apply(logits, *index_arrays(logits.shape))
-        )
-        return *_normalise(logits, None), None
-    logits = jnp.where(_nonfinite_keys(key, N), jnp.nan, logits)
+    if mask is not None:
+        logits = jnp.where(_nonfinite_keys(key, N), jnp.nan, logits)
     if score is not None:
-        logits = score.apply(logits, *index_arrays(logits.shape))
-    allowed = mask.materialise((B, N, T, S))
+        logits = score.over(logits)
+    allowed = None if mask is None else mask.materialise((B, N, T, S))
     weights, logsumexp = _normalise(logits, allowed)
-    if value is None:
+    if value is None or allowed is None:
         return weights, logsumexp, None
     bad = jnp.any(allowed & _nonfinite_keys(value, N), axis=-1)
     return weights, logsumexp, jnp.broadcast_to(bad, (B, N, T)).swapaxes(1, 2)
@@ -92,21 +86,19 @@ def _softmax(query, key, value, *, mask, score, scale):
 
 def _normalise(logits: Array, allowed: Array | None) -> tuple[Array, Array]:
     """Softmax over the last axis and its log-sum-exp, both safe for rows with nothing allowed."""
-    if logits.shape[-1] == 0:
-        return logits, jnp.full(logits.shape[:-1], -jnp.inf, logits.dtype).swapaxes(
-            1, 2
-        )
     if allowed is not None:
         logits = jnp.where(allowed, logits, -jnp.inf)
-    top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    top = jax.lax.stop_gradient(logits).max(axis=-1, keepdims=True, initial=-jnp.inf)
     top = jnp.where(top == -jnp.inf, 0.0, top)
     weights = jnp.exp(logits - top)
     total = weights.sum(axis=-1, keepdims=True)
-    if allowed is None:
-        return weights / total, (jnp.log(total) + top)[..., 0].swapaxes(1, 2)
     empty = total == 0.0
-    weights = weights / jnp.where(empty, 1.0, total)
-    logsumexp = jnp.where(empty, -jnp.inf, jnp.log(jnp.where(empty, 1.0, total)) + top)
+    total = jnp.where(empty, 1.0, total)
+    weights = weights / total
+    if allowed is not None:
+        # In a row that a NaN reached, the weights of masked keys are NaN too.
+        weights = jnp.where(allowed, weights, 0.0)
+    logsumexp = jnp.where(empty, -jnp.inf, jnp.log(total) + top)
     return weights, logsumexp[..., 0].swapaxes(1, 2)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qkv_jax.ops.masks import index_arrays
+
 Array = jax.Array
 
 
@@ -21,6 +23,10 @@ class Score:
     def apply(self, score: Array, b: Array, h: Array, q: Array, k: Array) -> Array:
         """The new score; `score` and the index arrays broadcast together."""
         raise NotImplementedError
+
+    def over(self, scores: Array) -> Array:
+        """The rule applied to all of the scores, (B, N, T, S)."""
+        return self.apply(scores, *index_arrays(scores.shape))
 
 
 @jax.tree_util.register_dataclass
@@ -35,6 +41,28 @@ class Modifier(Score):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
+class Bias(Score):
+    array: Array
+
+    def apply(self, score, b, h, q, k):
+        at = (
+            index if size > 1 else 0
+            for index, size in zip((b, h, q, k), self.array.shape)
+        )
+        return score + self.array[tuple(at)].astype(score.dtype)
+
+    def over(self, scores):
+        if any(
+            have not in (1, want) for have, want in zip(self.array.shape, scores.shape)
+        ):
+            raise ValueError(
+                f"bias must broadcast to (B, N, T, S) = {scores.shape}; got {self.array.shape}."
+            )
+        return scores + self.array.astype(scores.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class Chain(Score):
     rules: tuple[Score, ...]
 
@@ -42,6 +70,11 @@ class Chain(Score):
         for rule in self.rules:
             score = rule.apply(score, b, h, q, k)
         return score
+
+    def over(self, scores):
+        for rule in self.rules:
+            scores = rule.over(scores)
+        return scores
 
 
 def modifier(fn: Callable[..., Array], *arrays: Any) -> Score:
@@ -65,14 +98,9 @@ def bias(array: Array) -> Score:
         raise ValueError(
             f"bias must broadcast to (B, N, T, S) with four axes; got {jnp.shape(array)}."
         )
-    return modifier(_bias, array)
+    return Bias(array=jnp.asarray(array))
 
 
 def _soft_cap(score, b, h, q, k, value):
     value = value.astype(score.dtype)
     return value * jnp.tanh(score / value)
-
-
-def _bias(score, b, h, q, k, array):
-    at = (index if size > 1 else 0 for index, size in zip((b, h, q, k), array.shape))
-    return score + array[tuple(at)].astype(score.dtype)

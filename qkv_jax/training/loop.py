@@ -53,7 +53,7 @@ class TrainingConfig:
     patience: int | None = None
     ema_decay: float | None = None
     log_every: int = 50
-    rng_impl: str = "rbg"
+    rng_impl: Literal["rbg", "unsafe_rbg", "threefry2x32"] = "rbg"
 
     def __post_init__(self):
         counts = ("steps", "accumulate", "evaluate_every", "checkpoint_every")
@@ -301,7 +301,7 @@ class _Session:
             )
         if step_fn.compilations:
             self.line.say(
-                f"{step_fn.compilations} batch shapes compiled in {step_fn.seconds:.1f} s, "
+                f"batch shapes compiled: {step_fn.compilations}, in {step_fn.seconds:.1f} s; "
                 f"then {self.log.meter.steady_rate:,.0f} target tokens/s"
             )
 

@@ -1,6 +1,7 @@
 """Losses: sums over real tokens, so that any batching, accumulation or sharding adds up exactly."""
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -49,20 +50,27 @@ def projected_cross_entropy(
 
 
 def _forward(states, table, labels, weights, smoothing, chunks):
-    sums, slopes_states, slope_table = (jnp.zeros((), jnp.float32),) * 3, [], 0.0
+    sums, slopes_states, slopes_table = [], [], []
     for part in _split(states, labels, weights, chunks):
         part_sums, slope = _chunk(*part, table, smoothing)
-        sums = _add(sums, part_sums)
+        sums.append(part_sums)
         slope = slope.astype(states.dtype)
         slopes_states.append(
             jnp.einsum("BTV,VD->BTD", slope, table.astype(states.dtype))
         )
         # (D, V), so that the small operand is the one that a backend has to transpose.
-        slope_table += jnp.einsum(
-            "BTD,BTV->DV", part[0], slope, preferred_element_type=jnp.float32
+        slopes_table.append(
+            jnp.einsum(
+                "BTD,BTV->DV", part[0], slope, preferred_element_type=jnp.float32
+            )
         )
     slope_states = jnp.concatenate(slopes_states, axis=1)
-    return sums, (slope_states, slope_table.T.astype(table.dtype))
+    slope_table = functools.reduce(jnp.add, slopes_table)
+    if states.dtype != jnp.float32:
+        # XLA on CPU folds the transpose into a bfloat16 product that it then cannot run.
+        slope_table = jax.lax.optimization_barrier(slope_table)
+    slope_table = slope_table.T.astype(table.dtype)
+    return functools.reduce(_add, sums), (slope_states, slope_table)
 
 
 def _backward(smoothing, chunks, saved, cotangents):
@@ -101,7 +109,9 @@ def _chunk(states, labels, weights, table, smoothing):
     return tuple(map(jnp.sum, sums)), slope
 
 
-def _split(states, labels, weights, chunks):
+def _split(
+    states: Array, labels: Array, weights: Array, chunks: int
+) -> Iterator[tuple[Array, Array, Array]]:
     """Parts along time, so that a sharded batch axis stays whole."""
     length = labels.shape[1]
     size = -(-length // max(1, min(chunks, length)))

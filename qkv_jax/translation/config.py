@@ -69,6 +69,7 @@ class DecodingConfig:
         exact: whether a search runs until no better hypothesis is possible, or stops once none
             would win by ending at its next token (far fewer steps; may miss a longer one).
         batch_rows: sentences translated at once.
+        max_source: tokens of the longest source, EOS included; a longer one is cut, and counted.
         max_length: tokens of the longest translation, EOS included. A translation has at most
             10 more than twice its source.
     """
@@ -78,10 +79,11 @@ class DecodingConfig:
     alpha: float = 1.0
     exact: bool = False
     batch_rows: int = 64
+    max_source: int = 256
     max_length: int = 256
 
     def __post_init__(self):
-        for name in ("beams", "batch_rows", "max_length"):
+        for name in ("beams", "batch_rows", "max_source", "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
         if not math.isfinite(self.alpha):

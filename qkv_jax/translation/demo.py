@@ -17,7 +17,7 @@ from qkv_jax.translation.run import load_run, train_run
 CONFIG = TranslationConfig(
     data=HomeAssistantData(),
     text=TextConfig(
-        vocabulary=6000, batch_tokens=1536, buckets=6, max_source=80, max_target=80
+        vocabulary=6000, batch_tokens=1536, buckets=8, max_source=160, max_target=160
     ),
     model=seq2seq.Config(
         d_model=192,

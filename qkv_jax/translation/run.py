@@ -229,7 +229,6 @@ def load_run(
         params,
         tokenizer,
         decoding=dataclasses.replace(config.decoding, **changes),
-        max_source=config.text.max_source,
         mesh=mesh,
     )
 
@@ -310,7 +309,6 @@ def _validation(
                 params,
                 prepared.tokenizer,
                 decoding=greedy,
-                max_source=text.max_source,
                 mesh=mesh,
             )
             means["bleu"] = evaluate_run(translator, shown)[0].bleu

@@ -41,7 +41,6 @@ class Translator:
         tokenizer: Tokenizer,
         *,
         decoding: DecodingConfig,
-        max_source: int,
         mesh: Mesh | None = None,
     ):
         """Takes a model's parts.
@@ -51,21 +50,20 @@ class Translator:
             params: the `nnx.Param` state of `seq2seq.Model(config)`.
             tokenizer: of both languages.
             decoding: how to search.
-            max_source: tokens of the longest source, EOS included; a longer one is cut.
             mesh: devices that share the rows; None: all.
         """
         self.config, self.tokenizer, self.decoding = config, tokenizer, decoding
         self.mesh = make_mesh() if mesh is None else mesh
         self.params = place_state(params, self.mesh)
         self.graph = model_graph(config)
-        self.lengths = _row_lengths(max_source)
+        self.lengths = _row_lengths(decoding.max_source)
 
     def __call__(
         self, sentences: Sequence[str], *, n_best: int = 1
     ) -> list[list[Translation]]:
         """The n best translations of each sentence, best first.
 
-        A blank sentence has one empty translation; one longer than `max_source` is cut.
+        A blank sentence has one empty translation; one longer than `decoding.max_source` is cut.
 
         Raises:
             ValueError: n_best is not in 1 .. beams.

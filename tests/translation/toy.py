@@ -50,7 +50,9 @@ def shrink(
         model=dataclasses.replace(config.model, **model, **layers),
         optimizer=dataclasses.replace(config.optimizer, warmup_steps=1),
         training=dataclasses.replace(config.training, **(changes | training)),
-        decoding=dataclasses.replace(config.decoding, max_length=12, batch_rows=8),
+        decoding=dataclasses.replace(
+            config.decoding, max_length=12, max_source=24, batch_rows=8
+        ),
         run=RunConfig(directory=directory),
     )
 

@@ -1,0 +1,126 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from qkv_jax.training import logical_sharding, make_mesh
+from qkv_jax.training.losses import projected_cross_entropy
+
+B, T, D, V = 8, 5, 3, 7
+RNG = np.random.default_rng(0)
+STATES = RNG.normal(size=(B, T, D)).astype(np.float32)
+TABLE = RNG.normal(size=(V, D)).astype(np.float32)
+LABELS = RNG.integers(0, V, (B, T)).astype(np.int32)
+WEIGHTS = (RNG.random((B, T)) < 0.7).astype(np.float32) * 1.5
+BATCH = (STATES, TABLE, LABELS, WEIGHTS)
+
+smoothings = pytest.mark.parametrize("smoothing", [0.0, 0.1])
+
+
+def oracle(states, table, labels, weights, smoothing):
+    """Sums and gradients token by token, float64."""
+    states, table = states.astype(np.float64), table.astype(np.float64)
+    sums, slopes = np.zeros(3), (np.zeros_like(states), np.zeros_like(table))
+    for at in np.ndindex(labels.shape):
+        logits = table @ states[at]
+        p = np.exp(logits) / np.exp(logits).sum()
+        target = np.full(V, smoothing / V)
+        target[labels[at]] += 1 - smoothing
+        correct = logits.argmax() == labels[at]
+        terms = -target @ np.log(p), -np.log(p[labels[at]]), correct
+        sums += weights[at] * np.array(terms)
+        slopes[0][at] += weights[at] * (p - target) @ table
+        slopes[1][:] += weights[at] * np.outer(p - target, states[at])
+    return sums, slopes
+
+
+def run(states, table, labels, weights, smoothing=0.0, chunks=1):
+    """Sums, and the gradients of the loss for states and table."""
+
+    def loss(states, table):
+        sums = projected_cross_entropy(
+            states, table, labels, weights, smoothing, chunks
+        )
+        return sums[0], sums
+
+    gradients, sums = jax.grad(loss, argnums=(0, 1), has_aux=True)(states, table)
+    return sums, gradients
+
+
+jitted = jax.jit(run, static_argnums=(4, 5))
+
+
+def close(got, want, tolerance=1e-5):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, tolerance, tolerance), got, want
+    )
+
+
+@smoothings
+@pytest.mark.parametrize("chunks", [1, 2, 3, 99])
+def test_sums_and_gradients_equal_the_oracle(smoothing, chunks):
+    sums, gradients = jitted(*BATCH, smoothing, chunks)
+    truth = oracle(*BATCH, smoothing)
+    close(list(sums), list(truth[0]))
+    close(gradients, truth[1])
+    without_gradients = projected_cross_entropy(*BATCH, smoothing, chunks)
+    close(without_gradients, sums, 1e-6)
+
+
+def test_without_smoothing_it_is_the_integer_cross_entropy():
+    loss, nll, _ = projected_cross_entropy(*BATCH)
+    losses = optax.softmax_cross_entropy_with_integer_labels(STATES @ TABLE.T, LABELS)
+    np.testing.assert_allclose(loss, np.sum(losses * WEIGHTS), rtol=1e-5)
+    np.testing.assert_allclose(nll, loss, rtol=1e-6)
+
+
+@smoothings
+def test_tokens_of_weight_zero_change_nothing(smoothing):
+    states, labels = STATES.copy(), LABELS.copy()
+    states[WEIGHTS == 0], labels[WEIGHTS == 0] = 50.0, 0
+    before = jitted(*BATCH, smoothing)
+    after = jitted(states, TABLE, labels, WEIGHTS, smoothing)
+    close(after, before)
+    assert not np.any(after[1][0][WEIGHTS == 0])
+
+
+def test_weights_that_are_all_zero_give_exact_zeros():
+    result = jitted(STATES, TABLE, LABELS, np.zeros_like(WEIGHTS), 0.1)
+    assert all(np.all(leaf == 0.0) for leaf in jax.tree.leaves(result))
+
+
+def test_gradients_scale_with_what_is_done_to_the_loss():
+    def mean(states, table):
+        sums = projected_cross_entropy(states, table, LABELS, WEIGHTS, 0.1)
+        return 3.0 * sums[0] / WEIGHTS.sum() + sums[2]
+
+    got = jax.jit(jax.grad(mean, argnums=(0, 1)))(STATES, TABLE)
+    factor = 3.0 / WEIGHTS.sum()
+    close(got, tuple(factor * slope for slope in oracle(*BATCH, 0.1)[1]))
+
+
+def test_large_logits_stay_finite():
+    sums, gradients = jitted(STATES * 1e3, TABLE, LABELS, WEIGHTS, 0.1)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((sums, gradients)))
+
+
+def test_bfloat16_states_give_float32_sums_and_gradients_of_their_own_dtype():
+    low = STATES.astype(jnp.bfloat16)
+    sums, (d_states, d_table) = jitted(low, TABLE, LABELS, WEIGHTS, 0.1)
+    truth = oracle(low, TABLE, *BATCH[2:], 0.1)
+    assert {x.dtype for x in sums} == {jnp.dtype("float32")}
+    assert (d_states.dtype, d_table.dtype) == (jnp.bfloat16, jnp.float32)
+    # The table and the slopes are rounded to bfloat16, eps 4e-3.
+    close(list(sums[:2]), list(truth[0][:2]), 1e-2)
+    close((d_states.astype(np.float32), d_table), truth[1], 3e-2)
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_sharded_over_the_batch_equals_one_device(chunks):
+    mesh = make_mesh()
+    rows, whole = logical_sharding(mesh, "batch"), logical_sharding(mesh)
+    split = jax.device_put(BATCH, (rows, whole, rows, rows))
+    many, one = jitted(*split, 0.1, chunks), jitted(*BATCH, 0.1, chunks)
+    assert len(many[1][0].sharding.device_set) == 8
+    close(many, one)
