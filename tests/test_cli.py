@@ -58,6 +58,8 @@ SMALL = [
     "max",
     "--decoding.beams",
     "2",
+    "--decoding.max-source",
+    "24",
     "--decoding.no-exact",
     "--decoding.max-length",
     "12",
