@@ -9,7 +9,7 @@ from flax import nnx
 
 from qkv_jax.layers.attention import MultiHeadAttention
 from qkv_jax.layers.feed_forward import FeedForward
-from qkv_jax.ops import Ancestry, KVCache, Mask, dropout
+from qkv_jax.ops import Ancestry, KVCache, Mask, dropout, split_rng
 
 Array = jax.Array
 NormPlace = Literal["pre", "post"]
@@ -61,7 +61,7 @@ class EncoderBlock(nnx.Module):
         self, x: Array, *, mask: Mask | None, rng: Array | None = None
     ) -> Array:
         """x (B, S, D) -> (B, S, D); rng draws every dropout, None: none."""
-        rngs = _split(rng, 4)
+        rngs = split_rng(rng, 4)
         x = self.after_attention(
             x, lambda y: self.attention(y, mask=mask, rng=rngs[0]), rng=rngs[1]
         )
@@ -94,7 +94,7 @@ class DecoderBlock(nnx.Module):
         rng: Array | None = None,
     ) -> Array:
         """x (B, T, D) and the encoder's memory (B, S, D) -> (B, T, D)."""
-        rngs = _split(rng, 6)
+        rngs = split_rng(rng, 6)
         x = self.after_attention(
             x, lambda y: self.attention(y, mask=mask, rng=rngs[0]), rng=rngs[1]
         )
@@ -126,7 +126,3 @@ class DecoderBlock(nnx.Module):
         x = self.after_attention(x, attend)
         x = self.after_cross(x, lambda y: self.cross.attend(y, remembered, memory_mask))
         return self.after_feed_forward(x, self.feed_forward), written["cache"]
-
-
-def _split(rng: Array | None, count: int) -> list[Array | None]:
-    return [None] * count if rng is None else list(jax.random.split(rng, count))

@@ -17,7 +17,7 @@ from qkv_jax.layers import (
     NormPlace,
     layer_norm,
 )
-from qkv_jax.ops import Ancestry, KVCache, masks
+from qkv_jax.ops import Ancestry, KVCache, masks, split_rng
 
 Array = jax.Array
 
@@ -240,14 +240,14 @@ class Model(nnx.Module):
         self, source: Array, target: Array, *, rng: Array | None = None
     ) -> Array:
         """Decoder states (B, T, D), what `logits` are made of; arguments as for a call."""
-        rngs = _split(rng, 2)
+        rngs = split_rng(rng, 2)
         return self.decode(target, *self.encode(source, rng=rngs[0]), rng=rngs[1])
 
     def encode(self, source: Array, *, rng: Array | None = None) -> tuple[Array, Array]:
         """Source tokens (B, S) -> memory (B, S, D) and source lengths (B,) int32."""
         lengths = jnp.sum(source != self.config.pad, axis=1, dtype=jnp.int32)
         mask = masks.lengths(key=lengths)
-        rngs = _split(rng, len(self.encoder) + 1)
+        rngs = split_rng(rng, len(self.encoder) + 1)
         embed = (
             self.target_embedding
             if self.source_embedding is None
@@ -267,7 +267,7 @@ class Model(nnx.Module):
         rng: Array | None = None,
     ) -> Array:
         """Target tokens (B, T) and the encoder's memory (B, S, D) -> states (B, T, D)."""
-        rngs = _split(rng, len(self.decoder) + 1)
+        rngs = split_rng(rng, len(self.decoder) + 1)
         x = self.target_embedding(
             target, jnp.arange(target.shape[1])[None], rng=rngs[0]
         )
@@ -355,7 +355,3 @@ class Model(nnx.Module):
         x = x if self.decoder_norm is None else self.decoder_norm(x)
         cache = replace(cache, layers=tuple(layers), ancestry=cache.ancestry.advance())
         return self.logits(x), cache
-
-
-def _split(rng: Array | None, count: int) -> list[Array | None]:
-    return [None] * count if rng is None else list(jax.random.split(rng, count))

@@ -58,6 +58,11 @@ def dropout(x: Array, rate: float, rng: Array | None) -> Array:
     )
 
 
+def split_rng(rng: Array | None, count: int) -> list[Array | None]:
+    """`count` independent keys for as many dropouts; of None (no dropout), as many None."""
+    return [None] * count if rng is None else list(jax.random.split(rng, count))
+
+
 def _mix(x: Array) -> Array:
     x = (x ^ (x >> jnp.uint32(16))) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> jnp.uint32(15))) * jnp.uint32(0x846CA68B)
