@@ -1,7 +1,9 @@
 """Training batches of a few static shapes, in an endless shuffled stream.
 
 A batch is {"source": (B, S), "target": (B, T)}, int32. A row holds a sentence and EOS,
-then PAD; a row that only fills up a batch is all PAD.
+then PAD; a row that only fills up a batch is all PAD. With packing, a row holds several
+sentences, each with its EOS, and "source_segments" and "target_segments", of the same shapes,
+number them from 1, and PAD 0.
 """
 
 import dataclasses
@@ -14,6 +16,7 @@ import numpy as np
 from qkv_jax.data.buckets import Shape, assign_buckets, bucket_rows, check_chain
 from qkv_jax.data.encoding import Batch, EncodedPairs
 from qkv_jax.data.errors import DataError
+from qkv_jax.data.packing import pack, shuffle_packed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,8 @@ class BatchStream:
             processes x accumulation steps), and at least this many.
         overlong: what becomes of a pair longer than the largest bucket: "drop" or
             "truncate" (which keeps EOS). Both are counted.
+        packing: several pairs share a row of the largest bucket, the only one used: one
+            shape, and almost no padding. Which pairs share a row differs by epoch.
         seed: of the order.
         process_index: which of `process_count` equal blocks of rows to return.
         process_count: number of processes; divides rows_multiple.
@@ -105,6 +110,7 @@ class BatchStream:
         source_tokens: int | None = None,
         rows_multiple: int = 1,
         overlong: str = "drop",
+        packing: bool = False,
         seed: int = 0,
         process_index: int = 0,
         process_count: int = 1,
@@ -117,7 +123,7 @@ class BatchStream:
                 f"got {process_count}, {process_index} and {rows_multiple}"
             )
         self._pairs = pairs
-        self._buckets = check_chain(buckets)
+        self._buckets = check_chain(buckets)[-1 if packing else 0 :]
         self._rows = [
             bucket_rows(
                 shape,
@@ -130,6 +136,9 @@ class BatchStream:
         self._seed = seed
         self._process = (process_index, process_count)
         self._assign(overlong)
+        self._packed: np.ndarray | None = None
+        if packing:
+            self._pack()
         self._plans: dict[int, list[tuple[int, np.ndarray]]] = {}
         self._lock = threading.Lock()
 
@@ -147,6 +156,8 @@ class BatchStream:
         process, count = self._process
         own = len(indices) // count
         part = indices[process * own : (process + 1) * own]
+        if self._packed is not None:
+            return self._pairs.packed_batch(part, self._buckets[bucket])
         return self._pairs.batch(part, self._buckets[bucket])
 
     def report(self) -> BatchReport:
@@ -208,6 +219,20 @@ class BatchStream:
             self._sentences.append(held - moved_up)
             self._batches.append(batches)
 
+    def _pack(self) -> None:
+        """Choose which lengths share a row: the same in every epoch."""
+        inside = np.flatnonzero(self._bucket == 0)
+        sides = self._packed_lengths()
+        rows = pack(*(side[inside] for side in sides), self._buckets[0])
+        self._packed = np.where(rows < 0, -1, inside[rows])
+        self._batches = [-(-len(rows) // self._rows[0])]
+
+    def _packed_lengths(self) -> list[np.ndarray]:
+        return [
+            np.minimum(side.lengths, longest)
+            for side, longest in zip(self._pairs, self._buckets[0])
+        ]
+
     def _plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         with self._lock:  # A prefetching thread and its reader may both ask.
             if epoch not in self._plans:
@@ -220,6 +245,12 @@ class BatchStream:
     def _draw(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         """Return (bucket, indices of its pairs, -1 for an unused row) of each batch."""
         rng = np.random.default_rng((self._seed, epoch))
+        if self._packed is not None:
+            rows = shuffle_packed(self._packed, *self._packed_lengths(), rng)
+            unused = -len(rows) % self._rows[0]
+            rows = np.pad(rows, ((0, unused), (0, 0)), constant_values=-1)
+            rows = rows.reshape(self._batches[0], self._rows[0], -1)
+            return [(0, batch) for batch in rng.permutation(rows)]
         batches = []
         moved_up = np.zeros(0, np.int64)
         for index, rows in enumerate(self._rows):

@@ -57,14 +57,37 @@ class Sentences:
         Returns:
             (B, T) int32, PAD after each sentence.
         """
+        return self.packed(indices[:, None], width)[0]
+
+    def packed(self, indices: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return rows that hold several sentences each, one after the other.
+
+        Args:
+            indices: (B, K) int: the sentences of each row, -1 for none; those of a row
+                fit into it together, or there is one and it is cut.
+            width: T, tokens in a row.
+
+        Returns:
+            Tokens, (B, T) int32, PAD after the last sentence; and which of its row's
+            sentences each token belongs to, (B, T) int32: 1, 2, ..., and 0 for PAD.
+        """
         starts, ends = self.offsets[indices], self.offsets[indices + 1]
         lengths = np.where(indices < 0, 0, np.minimum(ends - starts, width))
-        columns = np.arange(width)
-        inside = columns < lengths[:, None]
-        rows = np.full(inside.shape, PAD, np.int32)
-        rows[inside] = self.tokens[(starts[:, None] + columns)[inside]]
-        rows[columns == lengths[:, None] - 1] = EOS
-        return rows
+        places = lengths.cumsum(1) - lengths + width * np.arange(len(indices))[:, None]
+        within = np.arange(lengths.sum()) - np.repeat(
+            lengths.cumsum() - lengths.ravel(), lengths.ravel()
+        )
+
+        def spread(values: np.ndarray) -> np.ndarray:
+            values = np.broadcast_to(values, lengths.shape)
+            return np.repeat(values.ravel(), lengths.ravel())
+
+        tokens = np.full(len(indices) * width, PAD, np.int32)
+        segments = np.zeros(len(indices) * width, np.int32)
+        tokens[spread(places) + within] = self.tokens[spread(starts) + within]
+        tokens[(places + lengths - 1)[lengths > 0]] = EOS
+        segments[spread(places) + within] = spread(1 + np.arange(indices.shape[1]))
+        return tokens.reshape(-1, width), segments.reshape(-1, width)
 
 
 class EncodedPairs(NamedTuple):
@@ -78,6 +101,20 @@ class EncodedPairs(NamedTuple):
         return {
             "source": self.source.rows(indices, shape.source),
             "target": self.target.rows(indices, shape.target),
+        }
+
+    def packed_batch(self, indices: np.ndarray, shape: Shape) -> Batch:
+        """Return the pairs of (B, K) indices, K a row, with the segments of each side.
+
+        Pair k of a row, from 1, is segment k of its source and of its target.
+        """
+        source, source_segments = self.source.packed(indices, shape.source)
+        target, target_segments = self.target.packed(indices, shape.target)
+        return {
+            "source": source,
+            "target": target,
+            "source_segments": source_segments,
+            "target_segments": target_segments,
         }
 
 

@@ -42,7 +42,11 @@ def eval_batches(
 
 
 def source_batches(
-    sentences: Sentences, lengths: Sequence[int], *, rows: int
+    sentences: Sentences,
+    lengths: Sequence[int],
+    *,
+    rows: int,
+    rows_multiple: int = 1,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield every sentence once, to be translated, in batches of few shapes.
 
@@ -51,7 +55,9 @@ def source_batches(
     Args:
         sentences: what to translate.
         lengths: possible lengths of a row, increasing.
-        rows: rows of every batch.
+        rows: the most rows of a batch. Where fewer sentences have a length, its batch has
+            the power of two that holds them: long rows are few, and cost most.
+        rows_multiple: rows are rounded up to a multiple of this (devices).
 
     Yields:
         (B,) int64 indices into sentences, -1 for an unused row, and (B, S) int32.
@@ -61,7 +67,10 @@ def source_batches(
     bucket = np.searchsorted(lengths, sentences.lengths)
     bucket = np.minimum(bucket, len(lengths) - 1)
     for index, length in enumerate(lengths):
-        for indices in _chunks(np.flatnonzero(bucket == index), rows):
+        members = np.flatnonzero(bucket == index)
+        height = min(rows, 1 << max(0, len(members) - 1).bit_length())
+        height = -(-height // rows_multiple) * rows_multiple
+        for indices in _chunks(members, height):
             yield indices, sentences.rows(indices, length)
 
 

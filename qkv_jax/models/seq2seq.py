@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from qkv_jax.layers import (
     NormPlace,
     layer_norm,
 )
-from qkv_jax.ops import Ancestry, KVCache, masks, split_rng
+from qkv_jax.ops import Ancestry, KVCache, masks, segment_positions, split_rng
 
 Array = jax.Array
 
@@ -163,6 +163,21 @@ class Cache:
         return replace(self, ancestry=self.ancestry.reorder(parents))
 
 
+class Segments(NamedTuple):
+    """Which of its row's sentence pairs each token belongs to, where rows hold several.
+
+    Pairs do not see each other, and each has its positions from 0: the model computes what it
+    would with a row for each.
+
+    Attributes:
+        source: (B, S) int32; pair k is k, from 1, and padding 0.
+        target: (B, T) int32, the same.
+    """
+
+    source: Array
+    target: Array
+
+
 class Model(nnx.Module):
     """source tokens (B, S), target tokens so far (B, T) -> logits of the next tokens (B, T, V)."""
 
@@ -225,35 +240,57 @@ class Model(nnx.Module):
         self.decoder_norm = final_norm()
 
     def __call__(
-        self, source: Array, target: Array, *, rng: Array | None = None
+        self,
+        source: Array,
+        target: Array,
+        *,
+        segments: Segments | None = None,
+        rng: Array | None = None,
     ) -> Array:
         """Logits (B, T, V) of the token after each prefix of target.
 
         Args:
             source: (B, S) int32, padded with `pad` on the right.
             target: (B, T) int32, what precedes each prediction: BOS first.
+            segments: of rows that hold several pairs; None: each holds one.
             rng: draws every dropout; None: no dropout.
         """
-        return self.logits(self.states(source, target, rng=rng))
+        return self.logits(self.states(source, target, segments=segments, rng=rng))
 
     def states(
-        self, source: Array, target: Array, *, rng: Array | None = None
+        self,
+        source: Array,
+        target: Array,
+        *,
+        segments: Segments | None = None,
+        rng: Array | None = None,
     ) -> Array:
         """Decoder states (B, T, D), what `logits` are made of; arguments as for a call."""
         rngs = split_rng(rng, 2)
-        return self.decode(target, *self.encode(source, rng=rngs[0]), rng=rngs[1])
+        memory, lengths = self.encode(
+            source, segments=None if segments is None else segments.source, rng=rngs[0]
+        )
+        return self.decode(target, memory, lengths, segments=segments, rng=rngs[1])
 
-    def encode(self, source: Array, *, rng: Array | None = None) -> tuple[Array, Array]:
+    def encode(
+        self,
+        source: Array,
+        *,
+        segments: Array | None = None,
+        rng: Array | None = None,
+    ) -> tuple[Array, Array]:
         """Source tokens (B, S) -> memory (B, S, D) and source lengths (B,) int32."""
         lengths = jnp.sum(source != self.config.pad, axis=1, dtype=jnp.int32)
-        mask = masks.lengths(key=lengths)
+        mask = (
+            masks.lengths(key=lengths) if segments is None else masks.segments(segments)
+        )
         rngs = split_rng(rng, len(self.encoder) + 1)
         embed = (
             self.target_embedding
             if self.source_embedding is None
             else self.source_embedding
         )
-        x = embed(source, jnp.arange(source.shape[1])[None], rng=rngs[0])
+        x = embed(source, _positions(source, segments), rng=rngs[0])
         for block, block_rng in zip(self.encoder, rngs[1:]):
             x = block(x, mask=mask, rng=block_rng)
         return (x if self.encoder_norm is None else self.encoder_norm(x)), lengths
@@ -264,14 +301,17 @@ class Model(nnx.Module):
         memory: Array,
         source_lengths: Array,
         *,
+        segments: Segments | None = None,
         rng: Array | None = None,
     ) -> Array:
         """Target tokens (B, T) and the encoder's memory (B, S, D) -> states (B, T, D)."""
         rngs = split_rng(rng, len(self.decoder) + 1)
-        x = self.target_embedding(
-            target, jnp.arange(target.shape[1])[None], rng=rngs[0]
-        )
+        positions = _positions(target, None if segments is None else segments.target)
+        x = self.target_embedding(target, positions, rng=rngs[0])
         mask, memory_mask = masks.causal(), masks.lengths(key=source_lengths)
+        if segments is not None:
+            mask = mask & masks.segments(segments.target)
+            memory_mask = masks.segments(segments.target, segments.source)
         for block, block_rng in zip(self.decoder, rngs[1:]):
             x = block(x, memory, mask=mask, memory_mask=memory_mask, rng=block_rng)
         return x if self.decoder_norm is None else self.decoder_norm(x)
@@ -355,3 +395,9 @@ class Model(nnx.Module):
         x = x if self.decoder_norm is None else self.decoder_norm(x)
         cache = replace(cache, layers=tuple(layers), ancestry=cache.ancestry.advance())
         return self.logits(x), cache
+
+
+def _positions(tokens: Array, segments: Array | None) -> Array:
+    if segments is None:
+        return jnp.arange(tokens.shape[1])[None]
+    return segment_positions(segments)

@@ -9,5 +9,6 @@ from qkv_jax.ops.cache import KVCache as KVCache
 from qkv_jax.ops.dropout import dropout as dropout
 from qkv_jax.ops.dropout import split_rng as split_rng
 from qkv_jax.ops.masks import Mask as Mask
+from qkv_jax.ops.positions import segment_positions as segment_positions
 from qkv_jax.ops.positions import sinusoids as sinusoids
 from qkv_jax.ops.scores import Score as Score

@@ -1,4 +1,4 @@
-"""Positions: the sinusoids of Vaswani et al. 2017."""
+"""Positions: those of packed rows, and the sinusoids of Vaswani et al. 2017."""
 
 import jax
 import jax.numpy as jnp
@@ -31,3 +31,20 @@ def sinusoids(
         rates, (1,) * jnp.ndim(positions) + (-1,)
     )
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def segment_positions(segments: Array) -> Array:
+    """The position of each token within its own segment, from 0.
+
+    Args:
+        segments: (..., T) int, the same for all tokens of a run.
+
+    Returns:
+        (..., T) int32: how far each token is from the start of its run of equal numbers.
+    """
+    axis = jnp.ndim(segments) - 1
+    index = jax.lax.broadcasted_iota(jnp.int32, segments.shape, axis)
+    first = jnp.ones_like(segments[..., :1], bool)
+    begins = jnp.concatenate([first, segments[..., 1:] != segments[..., :-1]], axis=-1)
+    last = jax.lax.cummax(jnp.where(begins, index, 0), axis=axis)
+    return index - last

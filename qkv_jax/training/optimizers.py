@@ -1,35 +1,41 @@
-"""Learning-rate schedules and Adam, from one config to one optax transformation."""
+"""Learning-rate schedules, Adam and Muon, from one config to one optax transformation."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
+from optax import contrib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Adam or AdamW with a warmed-up learning rate.
+    """Adam, AdamW or Muon with a warmed-up learning rate.
 
     The defaults are those of Vaswani et al. 2017 (arXiv 1706.03762, section 5.3).
 
     Attributes:
-        name: "adam", or "adamw" for decoupled weight decay.
+        name: "adam"; "adamw" for decoupled weight decay; "muon" for orthogonalised momentum on
+            the matrices within the layers, and Adam on all else (embeddings, biases, scales):
+            fewer updates to the same loss, each about a quarter dearer for a small model on a CPU.
         peak_lr: learning rate at the end of the warm-up.
         warmup_steps: updates of linear warm-up, from peak_lr / warmup_steps.
         schedule: what follows the warm-up: "inverse_sqrt" (peak * sqrt(warmup / step)),
             "cosine" or "linear" (down to final_fraction * peak at the last step), "constant".
         final_fraction: end of "cosine" and "linear", as a fraction of peak_lr.
-        b1: decay of the first moment.
-        b2: decay of the second moment.
+        b1: decay of Adam's first moment.
+        b2: decay of Adam's second moment.
         eps: added to the root of the second moment.
-        weight_decay: AdamW's decay, times the learning rate. Not applied to parameters
-            of fewer than two axes (biases, normalisation scales).
+        momentum: decay of Muon's momentum.
+        weight_decay: decoupled decay of AdamW and Muon, times the learning rate. Not applied to
+            parameters of fewer than two axes (biases, normalisation scales), nor to those that
+            Muon leaves to Adam.
         clip_norm: largest global norm of the gradient; None: no clipping.
     """
 
-    name: Literal["adam", "adamw"] = "adam"
+    name: Literal["adam", "adamw", "muon"] = "adam"
     peak_lr: float = 1e-3
     warmup_steps: int = 1000
     schedule: Literal["inverse_sqrt", "cosine", "linear", "constant"] = "inverse_sqrt"
@@ -37,12 +43,15 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.98
     eps: float = 1e-9
+    momentum: float = 0.95
     weight_decay: float = 0.0
     clip_norm: float | None = None
 
     def __post_init__(self):
-        if self.name not in ("adam", "adamw"):
-            raise ValueError(f"name must be 'adam' or 'adamw'; got {self.name!r}.")
+        if self.name not in ("adam", "adamw", "muon"):
+            raise ValueError(
+                f"name must be 'adam', 'adamw' or 'muon'; got {self.name!r}."
+            )
         if self.schedule not in ("inverse_sqrt", "cosine", "linear", "constant"):
             raise ValueError(
                 "schedule must be 'inverse_sqrt', 'cosine', 'linear' or 'constant'; "
@@ -66,10 +75,11 @@ class OptimizerConfig:
             raise ValueError(
                 f"final_fraction has no meaning for the schedule {self.schedule!r}: leave it at 0."
             )
-        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1):
-            raise ValueError(
-                f"b1 and b2 must be in [0, 1); got {self.b1} and {self.b2}."
-            )
+        for name in ("b1", "b2", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be in [0, 1); got {getattr(self, name)}."
+                )
         if self.eps <= 0:
             raise ValueError(f"eps must be positive; got {self.eps}.")
         if self.weight_decay < 0:
@@ -77,7 +87,9 @@ class OptimizerConfig:
                 f"weight_decay must not be negative; got {self.weight_decay}."
             )
         if self.weight_decay and self.name == "adam":
-            raise ValueError("weight_decay needs name='adamw'; 'adam' has none.")
+            raise ValueError(
+                "weight_decay needs name='adamw' or 'muon'; 'adam' has none."
+            )
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(
                 f"clip_norm must be positive, or None; got {self.clip_norm}."
@@ -129,7 +141,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping, Adam or AdamW, and the schedule, as one optax transformation.
+    """Clipping, Adam, AdamW or Muon, and the schedule, as one optax transformation.
 
     Args:
         config: see OptimizerConfig.
@@ -137,16 +149,51 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
     Raises:
         ValueError: see make_schedule.
+
+    Source of Muon: Jordan 2024 (https://kellerjordan.github.io/posts/muon); its updates are scaled
+    to Adam's root mean square, so that rates carry over: Liu et al. 2025, arXiv 2502.16982.
     """
-    parts = []
+    schedule, parts = make_schedule(config, steps), []
     if config.clip_norm is not None:
         parts.append(optax.clip_by_global_norm(config.clip_norm))
+    if config.name == "muon":
+        muon = contrib.muon(
+            schedule,
+            beta=config.momentum,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=_matrices,
+        )
+        return optax.chain(*parts, muon)
     parts.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps))
     if config.weight_decay:
         parts.append(optax.add_decayed_weights(config.weight_decay, mask=_has_two_axes))
-    parts.append(optax.scale_by_learning_rate(make_schedule(config, steps)))
+    parts.append(optax.scale_by_learning_rate(schedule))
     return optax.chain(*parts)
 
 
 def _has_two_axes(params):
     return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+def _matrices(params: Any) -> Any:
+    """Which axes of each parameter a matrix product sums over; None: it is no such matrix.
+
+    By the names of a parameter's axes: the model's width "embed" comes first in what a layer
+    reads with, and last in what it writes with. A plain array is a matrix if it has two axes.
+    """
+
+    def numbers(param: Any) -> contrib.MuonDimensionNumbers | None:
+        if not isinstance(param, nnx.Variable):
+            return contrib.MuonDimensionNumbers() if param.ndim == 2 else None
+        axes = param.get_metadata().get("axes", ())
+        if len(axes) < 2 or "embed" not in axes or "vocab" in axes:
+            return None
+        split = 1 if axes[0] == "embed" else len(axes) - 1
+        every = tuple(range(len(axes)))
+        return contrib.MuonDimensionNumbers(every[:split], every[split:])
+
+    return jax.tree.map(numbers, params, is_leaf=lambda x: isinstance(x, nnx.Variable))

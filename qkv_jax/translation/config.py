@@ -32,6 +32,9 @@ class TextConfig:
         batch_tokens: target tokens of an update, padding included.
         batch_source_tokens: the same for the source; None: no such limit.
         buckets: static batch shapes, hence compilations of the step.
+        packing: training pairs share rows of max_source and max_target tokens, whatever
+            `buckets`: one compilation and almost no padding; attention costs more where
+            rows are long.
         max_source, max_target: tokens of the longest row, EOS included.
         overlong: whether longer training pairs are dropped or cut; both are counted.
     """
@@ -42,6 +45,7 @@ class TextConfig:
     batch_tokens: int = 4096
     batch_source_tokens: int | None = None
     buckets: int = 8
+    packing: bool = False
     max_source: int = 128
     max_target: int = 128
     overlong: Literal["drop", "truncate"] = "drop"

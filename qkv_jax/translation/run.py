@@ -13,7 +13,7 @@ from flax import nnx
 from rich.console import Console
 
 from qkv_jax import data, training, viz
-from qkv_jax.data import BOS, PAD, EncodedPairs, Pair, Tokenizer
+from qkv_jax.data import BOS, EOS, PAD, EncodedPairs, Pair, Tokenizer
 from qkv_jax.models import seq2seq
 from qkv_jax.training.losses import projected_cross_entropy
 from qkv_jax.translation.config import TranslationConfig
@@ -73,6 +73,7 @@ def prepare(config: TranslationConfig, *, rows_multiple: int = 1) -> Prepared:
         source_tokens=text.batch_source_tokens,
         rows_multiple=rows_multiple,
         overlong=text.overlong,
+        packing=text.packing,
         seed=config.training.seed,
     )
     report = [] if corpus.report is None else [f"corpus: {corpus.report}"]
@@ -94,7 +95,13 @@ def make_loss(config: seq2seq.Config, label_smoothing: float) -> training.step.L
     def loss_fn(params, batch, rng):
         model, target = nnx.merge(graph, params), batch["target"]
         shifted = jnp.pad(target[:, :-1], ((0, 0), (1, 0)), constant_values=BOS)
-        states = model.states(batch["source"], shifted, rng=rng)
+        segments = None
+        if "target_segments" in batch:
+            segments = seq2seq.Segments(
+                batch["source_segments"], batch["target_segments"]
+            )
+            shifted = jnp.where(shifted == EOS, BOS, shifted)
+        states = model.states(batch["source"], shifted, segments=segments, rng=rng)
         weights = (target != PAD).astype(jnp.float32)
         loss, nll, correct = projected_cross_entropy(
             states,

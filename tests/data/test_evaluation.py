@@ -31,11 +31,22 @@ def test_sentences_to_translate_come_once_and_long_ones_are_cut():
     sentences = make_sentences()
     found = {}
     for indices, rows in source_batches(sentences, [4, 8, 16], rows=2):
-        assert rows.shape[0] == 2 and rows.shape[1] in (4, 8, 16)
+        assert rows.shape[0] <= 2 and rows.shape[1] in (4, 8, 16)
         found |= {i: row for i, row in zip(indices.tolist(), rows) if i >= 0}
     assert sorted(found) == list(range(len(LENGTHS)))
     assert found[4].tolist() == [14] * 15 + [EOS]
     assert found[1].tolist() == [11, EOS, PAD, PAD]
+
+
+def test_few_sentences_of_a_length_make_a_small_batch():
+    sentences = make_sentences([2, 2, 2, 9, 2, 2, 14, 2, 14, 7])
+    shapes = [rows.shape for _, rows in source_batches(sentences, [4, 8, 16], rows=4)]
+    assert shapes == [(4, 4), (4, 4), (1, 8), (4, 16)]
+    shapes = [
+        rows.shape
+        for _, rows in source_batches(sentences, [4, 8, 16], rows=4, rows_multiple=2)
+    ]
+    assert shapes == [(4, 4), (4, 4), (2, 8), (4, 16)]
 
 
 def test_nothing_to_translate_is_no_batch():

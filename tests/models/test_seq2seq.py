@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from qkv_jax.models.seq2seq import Config, Model, base, big, small, tiny
+from qkv_jax.models.seq2seq import Config, Model, Segments, base, big, small, tiny
 from qkv_jax.training import logical_sharding, make_mesh
 from qkv_jax.training.losses import projected_cross_entropy
 from qkv_jax.training.sharding import LOGICAL_AXES
@@ -337,3 +337,41 @@ def test_data_parallel_equals_one_device():
     for got, want in zip(jax.tree.leaves(many), jax.tree.leaves(one)):
         assert len(got.sharding.device_set) == 8
         np.testing.assert_allclose(got, want, atol=1e-4, rtol=1e-4)
+
+
+def loss_and_gradient(model, source, target, labels, **options):
+    graph, state = nnx.split(model)
+
+    def loss(state):
+        out = nnx.merge(graph, state)(source, target, **options)
+        picked = jnp.take_along_axis(jax.nn.log_softmax(out), labels[..., None], -1)
+        return -jnp.sum(picked[..., 0] * (labels != 0))
+
+    return jax.jit(jax.value_and_grad(loss))(state)
+
+
+@KINDS
+def test_packed_pairs_are_computed_as_if_each_had_its_row(changes):
+    model = build(**changes)
+    rows = {
+        "source": np.array([[5, 3, 9, 2, 0], [4, 3, 2, 0, 0], [7, 7, 8, 6, 2]]),
+        "target": np.array([[1, 4, 9, 0], [1, 5, 6, 7], [1, 10, 0, 0]]),
+        "labels": np.array([[4, 9, 2, 0], [5, 6, 7, 2], [10, 2, 0, 0]]),
+    }
+    packed = {
+        "source": np.array([[5, 3, 9, 2, 4, 3, 2, 0, 0], [7, 7, 8, 6, 2, 0, 0, 0, 0]]),
+        "target": np.array([[1, 4, 9, 1, 5, 6, 7, 0], [1, 10, 0, 0, 0, 0, 0, 0]]),
+        "labels": np.array([[4, 9, 2, 5, 6, 7, 2, 0], [10, 2, 0, 0, 0, 0, 0, 0]]),
+    }
+    segments = Segments(
+        jnp.array([[1, 1, 1, 1, 2, 2, 2, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0, 0]]),
+        jnp.array([[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 0, 0, 0, 0, 0, 0]]),
+    )
+    expected, slope = loss_and_gradient(model, **rows)
+    value, packed_slope = loss_and_gradient(model, **packed, segments=segments)
+    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+        packed_slope,
+        slope,
+    )

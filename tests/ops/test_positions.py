@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qkv_jax.ops import sinusoids
+from qkv_jax.ops import segment_positions, sinusoids
 
 
 def test_sinusoids_equal_the_formula_one_number_at_a_time():
@@ -34,3 +34,10 @@ def test_nearby_positions_differ_and_a_shift_is_a_rotation():
 def test_an_odd_width_is_an_error(width):
     with pytest.raises(ValueError, match=f"width must be even .* got {width}"):
         sinusoids(jnp.arange(3), width)
+
+
+def test_positions_start_again_with_each_segment():
+    segments = jnp.array([[1, 1, 1, 2, 2, 0, 0], [1, 2, 3, 3, 3, 3, 4]])
+    positions = segment_positions(segments)
+    assert positions.tolist() == [[0, 1, 2, 0, 1, 0, 1], [0, 0, 0, 1, 2, 3, 0]]
+    assert positions.dtype == jnp.int32

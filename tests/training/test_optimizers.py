@@ -3,7 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
+from qkv_jax.models.seq2seq import Config, Model
 from qkv_jax.training import OptimizerConfig, make_optimizer, make_schedule
 
 # schedule, options, {step (1 = the first update): learning rate}, by hand.
@@ -64,6 +66,46 @@ def test_weight_decay_spares_vectors():
     np.testing.assert_array_equal(params["scale"], 4.0)
 
 
+@pytest.mark.parametrize("kv_heads", [None, 1])
+def test_muon_orthogonalises_the_layers_matrices_and_nothing_else(kv_heads):
+    sizes = {"d_model": 16, "d_ff": 24, "heads": 2, "kv_heads": kv_heads}
+    layers = {"encoder_layers": 1, "decoder_layers": 1}
+    model = Model(Config(vocabulary=9, **sizes, **layers), rngs=nnx.Rngs(0))
+    params = nnx.state(model, nnx.Param)
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), params)
+    config = OptimizerConfig(name="muon", peak_lr=0.5, warmup_steps=1)
+    optimizer = make_optimizer(config, 10)
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+    seen = set()
+    for path, update in nnx.to_flat_state(updates):
+        kernel = path[-1] == "kernel"
+        value = np.asarray(update[...])
+        # What a layer writes to the model's width has that as its last axis.
+        last = path[-2] in ("out", "down")
+        if kernel:
+            matrix = value.reshape((-1, 16) if last else (16, -1)) / 0.5
+            assert np.sqrt((matrix**2).mean()) == pytest.approx(0.2, rel=0.2)
+            singular = np.linalg.svd(matrix, compute_uv=False)
+            assert singular.max() < 4 * singular.min()  # of its gradient: over 10
+        else:  # Adam's first update (with Nesterov's momentum) has one size for all
+            assert np.ptp(abs(value)) < 1e-3
+        seen.add((kernel, last))
+    assert seen >= {(True, True), (True, False), (False, True), (False, False)}
+
+
+def test_muon_takes_plain_arrays_of_two_axes_for_matrices():
+    config = OptimizerConfig(
+        name="muon", peak_lr=0.5, warmup_steps=1, weight_decay=0.5, clip_norm=1.0
+    )
+    optimizer = make_optimizer(config, 10)
+    params = {"kernel": jnp.eye(4), "scale": jnp.ones(4)}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.25 * jnp.eye(4), atol=1e-6)
+    np.testing.assert_array_equal(updates["scale"], 0.0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -77,7 +119,8 @@ def test_weight_decay_spares_vectors():
             {"final_fraction": 2.0, "schedule": "cosine"},
             r"final_fraction must be in \[0, 1\]",
         ),
-        ({"b2": 1.0}, "b1 and b2"),
+        ({"b2": 1.0}, "b2 must be in"),
+        ({"momentum": -0.1}, "momentum must be in"),
         ({"eps": 0.0}, "eps must be positive"),
         ({"weight_decay": 0.1}, "needs name='adamw'"),
         ({"weight_decay": -0.1, "name": "adamw"}, "weight_decay must not be negative"),
