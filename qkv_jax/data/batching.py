@@ -222,16 +222,18 @@ class BatchStream:
     def _pack(self) -> None:
         """Choose which lengths share a row: the same in every epoch."""
         inside = np.flatnonzero(self._bucket == 0)
-        sides = self._packed_lengths()
-        rows = pack(*(side[inside] for side in sides), self._buckets[0])
+        source, target = self._packed_lengths()
+        rows = pack(source[inside], target[inside], self._buckets[0])
         self._packed = np.where(rows < 0, -1, inside[rows])
         self._batches = [-(-len(rows) // self._rows[0])]
 
-    def _packed_lengths(self) -> list[np.ndarray]:
-        return [
+    def _packed_lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of every source and of every target, as far as they fit into a row."""
+        source, target = (
             np.minimum(side.lengths, longest)
             for side, longest in zip(self._pairs, self._buckets[0])
-        ]
+        )
+        return source, target
 
     def _plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         with self._lock:  # A prefetching thread and its reader may both ask.
@@ -246,11 +248,11 @@ class BatchStream:
         """Return (bucket, indices of its pairs, -1 for an unused row) of each batch."""
         rng = np.random.default_rng((self._seed, epoch))
         if self._packed is not None:
-            rows = shuffle_packed(self._packed, *self._packed_lengths(), rng)
-            unused = -len(rows) % self._rows[0]
-            rows = np.pad(rows, ((0, unused), (0, 0)), constant_values=-1)
-            rows = rows.reshape(self._batches[0], self._rows[0], -1)
-            return [(0, batch) for batch in rng.permutation(rows)]
+            packed = shuffle_packed(self._packed, *self._packed_lengths(), rng)
+            unused = -len(packed) % self._rows[0]
+            packed = np.pad(packed, ((0, unused), (0, 0)), constant_values=-1)
+            packed = packed.reshape(self._batches[0], self._rows[0], -1)
+            return [(0, batch) for batch in rng.permutation(packed)]
         batches = []
         moved_up = np.zeros(0, np.int64)
         for index, rows in enumerate(self._rows):

@@ -177,9 +177,9 @@ def _search(
 
 
 def _row_lengths(longest: int) -> list[int]:
-    """Row lengths that grow by about one and a half, multiples of 8, up to the longest."""
+    """Row lengths that double, up to the longest."""
     lengths, length = [], SHORTEST_ROW
     while length < longest:
         lengths.append(length)
-        length = -(-length * 3 // 16) * 8
+        length *= 2
     return [*lengths, longest]
