@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo        train, evaluate and use a small translator (about 10 minutes on 2 cores)"
+	@echo "make demo        train, evaluate and use a small translator (about 8 minutes on 2 cores)"
 	@echo "make test        run the tests"
 	@echo "make test-peers  run the tests against torch, transformers, tokamax and ctranslate2"
 	@echo "make check       check formatting, lint, types and the import rule"

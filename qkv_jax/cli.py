@@ -26,7 +26,7 @@ USAGE = f"""usage: {PROGRAM} COMMAND ...
   evaluate RUN [OPTIONS]         BLEU and chrF of a run on held-out text
   translate RUN [TEXT ...]       translate arguments, a file, or standard input
   plot RUN [OPTIONS]             draw a run's curves and attention
-  demo [OPTIONS]                 train and try a small translator, about 10 minutes on 2 cores
+  demo [OPTIONS]                 train and try a small translator, about 8 minutes on 2 cores
 
 `{PROGRAM} COMMAND --help` lists the options."""
 

@@ -17,7 +17,7 @@ from qkv_jax.translation.run import load_run, train_run
 CONFIG = TranslationConfig(
     data=HomeAssistantData(),
     text=TextConfig(
-        vocabulary=6000, batch_tokens=1536, buckets=8, max_source=160, max_target=160
+        vocabulary=8000, batch_tokens=1536, packing=True, max_source=112, max_target=128
     ),
     model=seq2seq.Config(
         d_model=192,
@@ -26,15 +26,15 @@ CONFIG = TranslationConfig(
         encoder_layers=2,
         decoder_layers=2,
         norm="pre",
-        dropout=0.1,
+        dropout=0.05,
     ),
     optimizer=OptimizerConfig(
-        peak_lr=3e-3, warmup_steps=200, schedule="linear", clip_norm=1.0
+        name="muon", peak_lr=6e-3, warmup_steps=100, schedule="linear", clip_norm=1.0
     ),
     training=TrainingConfig(
-        steps=1500, evaluate_every=500, checkpoint_every=500, keep=2, log_every=25
+        steps=1000, evaluate_every=500, checkpoint_every=500, keep=2, log_every=25
     ),
-    decoding=DecodingConfig(beams=4, batch_rows=128),
+    decoding=DecodingConfig(beams=6, batch_rows=128),
 )
 SHOWN = 10
 
