@@ -4,7 +4,7 @@
 
 Text: lower-cased, punctuation-normalised, Moses-tokenised files of the Multi30k data set.
 Hardware, time and result: README.md beside this file. Published with the recipe of 8,000 updates and
-10 averaged checkpoints: 41.02 lower-cased tokenised BLEU on test2016.
+10 averaged checkpoints: 41.02 lower-cased tokenised BLEU on test2016. Expected: 37; measured: 39.49.
 Vocabulary and smoothing are the paper's; the norm stands before each sublayer. For three quarters
 of an hour on two cores instead of 160 epochs of Adam, Muon takes the updates, its rate decays to 0
 within 24 epochs, which makes averaging needless, pairs share rows, and the dropout is 0.2 instead
