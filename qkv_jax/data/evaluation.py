@@ -7,6 +7,8 @@ import numpy as np
 from qkv_jax.data.buckets import Shape, assign_buckets, bucket_rows, check_chain
 from qkv_jax.data.encoding import Batch, EncodedPairs, Sentences
 
+FEW_ROWS = 8
+
 
 def eval_batches(
     pairs: EncodedPairs,
@@ -56,7 +58,8 @@ def source_batches(
         sentences: what to translate.
         lengths: possible lengths of a row, increasing.
         rows: the most rows of a batch. Where fewer sentences have a length, its batch has
-            the power of two that holds them: long rows are few, and cost most.
+            the first of 8, 32, 128, ... rows that holds them: long rows are few, and cost
+            most.
         rows_multiple: rows are rounded up to a multiple of this (devices).
 
     Yields:
@@ -68,7 +71,10 @@ def source_batches(
     bucket = np.minimum(bucket, len(lengths) - 1)
     for index, length in enumerate(lengths):
         members = np.flatnonzero(bucket == index)
-        height = min(rows, 1 << max(0, len(members) - 1).bit_length())
+        height = FEW_ROWS
+        while height < min(len(members), rows):
+            height *= 4
+        height = min(height, rows)
         height = -(-height // rows_multiple) * rows_multiple
         for indices in _chunks(members, height):
             yield indices, sentences.rows(indices, length)

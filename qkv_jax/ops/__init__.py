@@ -4,6 +4,7 @@ from qkv_jax.ops import masks as masks
 from qkv_jax.ops import scores as scores
 from qkv_jax.ops.attention import attention_weights as attention_weights
 from qkv_jax.ops.attention import dot_product_attention as dot_product_attention
+from qkv_jax.ops.attention import explain as explain
 from qkv_jax.ops.cache import Ancestry as Ancestry
 from qkv_jax.ops.cache import KVCache as KVCache
 from qkv_jax.ops.dropout import dropout as dropout

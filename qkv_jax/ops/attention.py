@@ -3,17 +3,21 @@
 Axes and layouts are those of `jax.nn`: query (B, T, N, H), key (B, S, K, H), value (B, S, K, E).
 """
 
-from typing import Literal, overload
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, overload
 
 import jax
 import jax.numpy as jnp
 
+from qkv_jax.ops.blockwise import blockwise_attention
 from qkv_jax.ops.masks import Mask, as_mask
 from qkv_jax.ops.reference import reference_attention, reference_weights
 from qkv_jax.ops.scores import Score
 
 Array = jax.Array
-Implementation = Literal["reference"]
+Implementation = Literal["reference", "blockwise"]
+# Up to this many pairs a head, the dense form stands in one block's memory, and is faster.
+DENSE_PAIRS = 256 * 256
 
 
 @overload
@@ -74,7 +78,8 @@ def dot_product_attention(
         dropout_rate: probability that a weight is dropped after the softmax, in [0, 1).
         dropout_rng: a `jax.random` key; needed when dropout_rate > 0. The pattern depends on
             (rng, b, h, q, k) alone.
-        implementation: None chooses; "reference" forces the dense definition.
+        implementation: None chooses, see `explain`; "reference" forces the dense definition,
+            "blockwise" O(T + S) memory and skipping of blocks that the mask rules out.
         return_residuals: True: the log-sum-exp of the masked scores comes back too.
 
     Returns:
@@ -95,11 +100,9 @@ def dot_product_attention(
         )
     if not 0.0 <= dropout_rate < 1.0:
         raise ValueError(f"dropout_rate must be in [0, 1); got {dropout_rate}.")
-    if implementation not in (None, "reference"):
-        raise NotImplementedError(
-            f"implementation {implementation!r} is not one of: 'reference'."
-        )
-    out, logsumexp = reference_attention(
+    chosen = _choose(query, key, scale, implementation)
+    run = {"reference": reference_attention, "blockwise": blockwise_attention}
+    out, logsumexp = run[chosen.implementation](
         query,
         key,
         value,
@@ -110,6 +113,82 @@ def dot_product_attention(
         dropout_rng=dropout_rng,
     )
     return (out, logsumexp) if return_residuals else out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Which implementation would run; prints as a few lines.
+
+    Attributes:
+        implementation: its name.
+        reasons: why it, and why not each other, by name.
+    """
+
+    implementation: Implementation
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{'->' if name == self.implementation else '  '} {name}: {reason}"
+            for name, reason in self.reasons.items()
+        )
+
+
+def explain(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    scale: float | None = None,
+    implementation: Implementation | None = None,
+    **options: Any,
+) -> Explanation:
+    """Which implementation `dot_product_attention` of the same arguments would run, and why.
+
+    Arrays may be `jax.ShapeDtypeStruct`s: nothing is computed.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `dot_product_attention` would.
+    """
+    _check(query, key, value, options.get("score"))
+    return _choose(query, key, scale, implementation)
+
+
+def _choose(
+    query: Array, key: Array, scale: Any, forced: Implementation | None
+) -> Explanation:
+    if forced not in (None, *get_args(Implementation)):
+        raise NotImplementedError(
+            f"implementation {forced!r} is not one of: "
+            f"{', '.join(map(repr, get_args(Implementation)))}."
+        )
+    T, S = query.shape[1], key.shape[1]
+    traced_scale = isinstance(scale, jax.core.Tracer)
+    short = T * S <= DENSE_PAIRS
+    pairs = f"{T} x {S} pairs a head, {'at most' if short else 'over'} {DENSE_PAIRS:,}"
+    reasons = {
+        "reference": f"dense, O(T S) memory; chosen for short sequences: {pairs}",
+        "blockwise": f"O(T + S) memory, skips blocks; chosen for long sequences: {pairs}",
+    }
+    if traced_scale:
+        reasons["blockwise"] = (
+            "cannot take a traced scale: give a Python number, or scale the query"
+        )
+    if forced is not None:
+        if forced == "blockwise" and traced_scale:
+            raise NotImplementedError(f"blockwise {reasons['blockwise']}.")
+        reasons = {
+            name: "asked for by name" if name == forced else f"{forced!r} was asked for"
+            for name in reasons
+        }
+        return Explanation(implementation=forced, reasons=reasons)
+    if not short and traced_scale:
+        raise NotImplementedError(
+            f"no implementation: blockwise {reasons['blockwise']}; or ask for 'reference', "
+            "which is dense."
+        )
+    chosen: Implementation = "reference" if short else "blockwise"
+    return Explanation(implementation=chosen, reasons=reasons)
 
 
 def attention_weights(

@@ -27,7 +27,11 @@ def keep(rng: Array, rate: float, *indices: Array) -> Array:
     """
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"rate must be in [0, 1); got {rate}.")
-    state = jax.random.bits(rng, (), jnp.uint32)
+    return keep_by_seed(jax.random.bits(rng, (), jnp.uint32), rate, *indices)
+
+
+def keep_by_seed(state: Array, rate: float, *indices: Array) -> Array:
+    """`keep` for a seed that was drawn from the key already, uint32."""
     for index in indices:
         state = _mix(state ^ (index.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)))
     return state >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qkv_jax.ops.masks import index_arrays
+from qkv_jax.ops.masks import Blocks, Tile, filled, index_arrays
 
 Array = jax.Array
 
@@ -27,6 +27,22 @@ class Score:
     def over(self, scores: Array) -> Array:
         """The rule applied to all of the scores, (B, N, T, S)."""
         return self.apply(scores, *index_arrays(scores.shape))
+
+    def fill(self, grid: Blocks) -> "Score":
+        """The same rule, its arrays checked against the grid and filled up to whole blocks."""
+        return self
+
+    def tile(self, tile: Tile) -> "Score":
+        """The rule with just what it needs within a block, to be given to `within`."""
+        return self
+
+    def within(self, scores: Array, tile: Tile) -> Array:
+        """The rule, cut by `tile`, applied to a block's scores, (1, 1, queries, keys)."""
+        return self.apply(scores, *tile.index)
+
+    def add(self, slopes: "Score", tile: Tile) -> "Score":
+        """Of gradients as rules: these plus `slopes` of a rule that `tile` cut."""
+        return jax.tree.map(jnp.add, self, slopes)
 
 
 @jax.tree_util.register_dataclass
@@ -60,6 +76,20 @@ class Bias(Score):
             )
         return scores + self.array.astype(scores.dtype)
 
+    def fill(self, grid):
+        jax.eval_shape(self.over, jax.ShapeDtypeStruct(grid.shape, self.array.dtype))
+        return Bias(array=filled(self.array, grid))
+
+    def tile(self, tile):
+        return Bias(array=tile.cut(self.array))
+
+    def within(self, scores, tile):
+        return scores + self.array.astype(scores.dtype)
+
+    def add(self, slopes, tile):
+        total = tile.cut(self.array) + slopes.array
+        return Bias(array=tile.paste(self.array, total))
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +105,21 @@ class Chain(Score):
         for rule in self.rules:
             scores = rule.over(scores)
         return scores
+
+    def fill(self, grid):
+        return Chain(rules=tuple(rule.fill(grid) for rule in self.rules))
+
+    def tile(self, tile):
+        return Chain(rules=tuple(rule.tile(tile) for rule in self.rules))
+
+    def within(self, scores, tile):
+        for rule in self.rules:
+            scores = rule.within(scores, tile)
+        return scores
+
+    def add(self, slopes, tile):
+        pairs = zip(self.rules, slopes.rules)
+        return Chain(rules=tuple(mine.add(new, tile) for mine, new in pairs))
 
 
 def modifier(fn: Callable[..., Array], *arrays: Any) -> Score:

@@ -75,10 +75,12 @@ class Translator:
         results: list[list[Translation]] = [[Translation("", 0.0)] for _ in sentences]
         places = [i for i, text in enumerate(sentences) if text.strip()]
         encoded = encode_sentences([sentences[i] for i in places], self.tokenizer)
+        # A power of two where sentences are few, so that calls of many sizes share shapes.
+        rows = min(self.decoding.batch_rows, 1 << max(0, len(places) - 1).bit_length())
         batches = source_batches(
             encoded,
             self.lengths,
-            rows=self.decoding.batch_rows,
+            rows=rows,
             rows_multiple=self.mesh.shape["data"],
         )
         for indices, source in batches:

@@ -38,15 +38,16 @@ def test_sentences_to_translate_come_once_and_long_ones_are_cut():
     assert found[1].tolist() == [11, EOS, PAD, PAD]
 
 
-def test_few_sentences_of_a_length_make_a_small_batch():
-    sentences = make_sentences([2, 2, 2, 9, 2, 2, 14, 2, 14, 7])
-    shapes = [rows.shape for _, rows in source_batches(sentences, [4, 8, 16], rows=4)]
-    assert shapes == [(4, 4), (4, 4), (1, 8), (4, 16)]
+@pytest.mark.parametrize("multiple, rows", [(1, [64, 8]), (3, [66, 9])])
+def test_few_sentences_of_a_length_make_a_small_batch(multiple, rows):
+    sentences = make_sentences([2] * 40 + [9])
     shapes = [
-        rows.shape
-        for _, rows in source_batches(sentences, [4, 8, 16], rows=4, rows_multiple=2)
+        batch.shape
+        for _, batch in source_batches(
+            sentences, [4, 8, 16], rows=64, rows_multiple=multiple
+        )
     ]
-    assert shapes == [(4, 4), (4, 4), (2, 8), (4, 16)]
+    assert shapes == [(rows[0], 4), (rows[1], 16)]
 
 
 def test_nothing_to_translate_is_no_batch():

@@ -189,6 +189,31 @@ MASKS = [
         rule=lambda b, h, q, k: k <= q or PAIRS[b, h, q, k],
     ),
     Case(
+        name="window",
+        S=7,
+        mask=lambda: masks.window(1, 2),
+        rule=lambda b, h, q, k: q - 1 <= k <= q + 2,
+    ),
+    Case(
+        name="window that leaves rows empty",
+        T=7,
+        S=4,
+        mask=lambda: masks.window(1, -1),
+        rule=lambda b, h, q, k: k == q - 1,
+    ),
+    Case(
+        name="causal | prefix",
+        S=7,
+        mask=lambda: masks.causal() | masks.prefix(3),
+        rule=lambda b, h, q, k: k <= q or k < 3,
+    ),
+    Case(
+        name="a prefix a row & ~window",
+        S=7,
+        mask=lambda: masks.prefix(ints(6, 2)) & ~masks.window(0, 1),
+        rule=lambda b, h, q, k: k < (6, 2)[b] and not q <= k <= q + 1,
+    ),
+    Case(
         name="~causal",
         mask=lambda: ~masks.causal(),
         rule=lambda b, h, q, k: k > q,
