@@ -75,17 +75,10 @@ def blockwise_attention(
     seed = None
     if dropout_rate > 0.0 and dropout_rng is not None:
         seed = jax.random.bits(dropout_rng, (), jnp.uint32)
-    query, key, value = (
-        _cut(x, count, width)
-        for x, count, width in zip(
-            (query, key, value),
-            (grid.count[0], *2 * grid.count[1:]),
-            (size[0], *2 * size[1:]),
-        )
-    )
+    query = _filled(query, grid.count[0] * size[0])
+    key, value = (_filled(x, grid.count[1] * size[1]) for x in (key, value))
     out, logsumexp = _attend(query, key, value, mask, score, seed, plan)
-    logsumexp = logsumexp.reshape(B, N, -1)[:, :, :T].swapaxes(1, 2)
-    return _join(out, T).astype(query.dtype), logsumexp
+    return out[:, :T], logsumexp[:, :T]
 
 
 def _block(length: int) -> int:
@@ -94,17 +87,9 @@ def _block(length: int) -> int:
     return -(-length // (8 * count)) * 8
 
 
-def _cut(x: Array, count: int, size: int) -> Array:
-    """(B, T, N, H) -> (B, N, blocks, size, H), filled up with zeros."""
-    B, T, N, H = x.shape
-    x = jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, count * size - T), (0, 0)))
-    return x.reshape(B, N, count, size, H)
-
-
-def _join(x: Array, length: int) -> Array:
-    """(B, N, blocks, size, H) -> (B, T, N, H)."""
-    B, N, _, _, H = x.shape
-    return x.reshape(B, N, -1, H)[:, :, :length].swapaxes(1, 2)
+def _filled(x: Array, length: int) -> Array:
+    """(B, T, N, H) with T filled up with zeros."""
+    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -113,23 +98,26 @@ def _attend(query, key, value, mask, score, seed, plan: _Plan):
 
 
 def _forward(query, key, value, mask, score, seed, plan: _Plan):
-    B, N, count, size, _ = query.shape
-    K, E = key.shape[1], value.shape[-1]
+    B, T, N, _ = query.shape
+    G, E = N // key.shape[2], value.shape[3]
+    size, width = plan.size
+    count = plan.grid.count[0]
     wide = jnp.promote_types(query.dtype, jnp.float32)
     lists = _lists(mask, plan, key, value)
 
-    def block_of_queries(at):
+    def block_of_queries(written, at):
         b, h, i = at // (N * count), at // count % N, at % count
-        q = query[b, h, i]
+        q = _read(query, b, h, i, size)
 
         def visit(doubt):
             def step(place, carry):
                 top, total, acc, bad = carry
                 j, tile = _place(lists, plan, b, h, i, place)
-                k, v = key[b, h // (N // K), j], value[b, h // (N // K), j]
-                s, allowed, _ = _scores(
-                    q, k, mask if doubt else None, score, tile, plan
-                )
+                k, v = (_read(x, b, h // G, j, width) for x in (key, value))
+                good = _finite_rows(k) if doubt else None
+                k = _finite(k) if doubt else k
+                s = jnp.einsum("TH,SH->TS", q, k, preferred_element_type=wide)
+                s, allowed, _ = _scores(s, good, mask, score, tile, plan)
                 if doubt:
                     bad = bad | jnp.any(allowed & ~_finite_rows(v), axis=1)
                     v = _finite(v)
@@ -138,7 +126,7 @@ def _forward(query, key, value, mask, score, seed, plan: _Plan):
                 p = jnp.exp(s - safe[:, None])
                 shrink = jnp.exp(top - safe)
                 total = total * shrink + p.sum(axis=1)
-                p = _dropped(p, seed, tile, plan).astype(v.dtype)
+                p = _dropped(p, _kept(seed, tile, plan), plan).astype(v.dtype)
                 new = jnp.einsum("TS,SE->TE", p, v, preferred_element_type=wide)
                 return new_top, total, acc * shrink[:, None] + new, bad
 
@@ -151,118 +139,112 @@ def _forward(query, key, value, mask, score, seed, plan: _Plan):
             jnp.zeros(size, bool),
         )
         top, total, acc, bad = _walk(lists, plan, b, h, i, visit, carry)
-        empty = total == 0.0
-        total = jnp.where(empty, 1.0, total)
-        out = acc / total[:, None]
-        out = jnp.where(bad[:, None], jnp.nan, out).astype(query.dtype)
-        return out, jnp.where(empty, 0.0, top), total, empty
+        total = jnp.where(total == 0.0, 1.0, total)
+        out = jnp.where(bad[:, None], jnp.nan, acc / total[:, None])
+        rows = (_write(x, b, h, i, y) for x, y in zip(written, (out, top, total)))
+        return tuple(rows), None
 
-    out, top, total, empty = jax.lax.map(block_of_queries, jnp.arange(B * N * count))
-    out = out.reshape(B, N, count, size, E)
-    top, total, empty = (x.reshape(B, N, count, size) for x in (top, total, empty))
-    logsumexp = jnp.where(empty, -jnp.inf, jnp.log(total) + top)
+    written = (
+        jnp.zeros((B, T, N, E), query.dtype),
+        *2 * (jnp.zeros((B, T, N, 1), wide),),
+    )
+    (out, top, total), _ = jax.lax.scan(
+        block_of_queries, written, jnp.arange(B * N * count, dtype=jnp.int32)
+    )
     # Apart, for where scores are of hundreds their sum loses what the weights need.
     saved = (query, key, value, mask, score, seed, out, top, total)
-    return (out, logsumexp), saved
+    return (out, (jnp.log(total) + top)[..., 0]), saved
 
 
 def _backward(plan: _Plan, saved, cotangents):
     query, key, value, mask, score, seed, out, top, total = saved
     d_out, d_logsumexp = cotangents
-    B, N, count, size, H = query.shape
-    K, keys, E = key.shape[1], key.shape[2], value.shape[-1]
-    G = N // K
+    B, _, N, _ = query.shape
+    G = N // key.shape[2]
+    size, width = plan.size
+    count = plan.grid.count[0]
     wide = top.dtype
     lists = _lists(mask, plan, key, value)
-    if mask is not None:
-        # A value that is not finite makes whole rows NaN: constants, which have no gradient.
-        constant = jnp.isnan(out).all(axis=-1, keepdims=True) & ~jnp.isnan(
-            total[..., None]
+    # A value that is not finite makes whole rows NaN: constants, which have no gradient.
+    constant = jnp.isnan(out).all(-1) & ~jnp.isnan(total[..., 0]) & (mask is not None)
+    lowered = jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1)
+    lowered = jnp.where(constant, 0.0, lowered) - d_logsumexp
+    top, total = jnp.where(top == -jnp.inf, 0.0, top), 1.0 / total
+
+    def block_of_queries(carry, at):
+        d_query, *carry = carry
+        b, h, i = at // (N * count), at // count % N, at % count
+        q, d_o = (_read(x, b, h, i, size) for x in (query, d_out))
+        low, most, share, zero = (
+            _read(x, b, h, i, size).T
+            for x in (lowered[..., None], top, total, constant[..., None])
         )
-        d_out, out = (jnp.where(constant, 0, x).astype(x.dtype) for x in (d_out, out))
-    lowered = jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1) - d_logsumexp
+        d_o = jnp.where(zero.T, 0, d_o).astype(d_o.dtype)
 
-    def head_of_keys(slopes, at):
-        b, kv = at // K, at % K
+        def visit(doubt):
+            def step(place, carry):
+                d_q, d_key, d_value, slopes = carry
+                j, tile = _place(lists, plan, b, h, i, place)
+                k, v = (_read(x, b, h // G, j, width) for x in (key, value))
+                good = _finite_rows(k) if doubt else None
+                if doubt:
+                    k, v = _finite(k), _finite(v)
+                # Keys by queries: so all but one of the products below read along rows.
+                s = product("SH,TH->ST", k, q).T
+                s, allowed, pull = _scores(s, good, mask, score, tile, plan)
+                p = jnp.exp(s.T - most) * share
+                if doubt:
+                    p = jnp.where(allowed.T, p, 0.0)
+                kept = _kept(seed, tile, plan)
+                d_p = _dropped(product("SE,TE->ST", v, d_o).T, kept, plan).T
+                d_s = p * (d_p - low)
+                if doubt:
+                    d_s = jnp.where(allowed.T, d_s, 0.0)
+                d_s, d_score = pull(d_s.T)
+                if slopes is not None:
+                    slopes = slopes.add(d_score, tile)
+                d_s = (d_s.T * plan.scale).astype(q.dtype)
+                p = _dropped(p.T, kept, plan).T.astype(d_o.dtype)
+                d_q = d_q + product("SH,ST->HT", k, d_s)
+                d_key = _add(d_key, b, h // G, j, product("ST,TH->SH", d_s, q))
+                d_value = _add(d_value, b, h // G, j, product("ST,TE->SE", p, d_o))
+                return d_q, d_key, d_value, slopes
 
-        def block_of_queries(carry, at):
-            h, i = kv * G + at // count, at % count
-            q, d_o = query[b, h, i], d_out[b, h, i]
-            low = lowered[b, h, i][:, None]
-            most, summed = top[b, h, i][:, None], total[b, h, i][:, None]
+            return step
 
-            def visit(doubt):
-                def step(place, carry):
-                    d_q, d_key, d_value, slopes = carry
-                    j, tile = _place(lists, plan, b, h, i, place)
-                    k, v = key[b, kv, j], value[b, kv, j]
-                    s, allowed, pull = _scores(
-                        q, k, mask if doubt else None, score, tile, plan
-                    )
-                    p = jnp.exp(s - most) / summed
-                    if doubt:
-                        p = jnp.where(allowed, p, 0.0)
-                        k, v = _finite(k), _finite(v)
-                    d_p = jnp.einsum("TE,SE->TS", d_o, v, preferred_element_type=wide)
-                    d_p = _dropped(d_p, seed, tile, plan)
-                    d_s = p * (d_p - low)
-                    if doubt:
-                        d_s = jnp.where(allowed, d_s, 0.0)
-                    d_s, d_score = pull(d_s)
-                    if slopes is not None:
-                        slopes = slopes.add(d_score, tile)
-                    d_s = (d_s * plan.scale).astype(q.dtype)
-                    p = _dropped(p, seed, tile, plan).astype(d_o.dtype)
-                    product = functools.partial(jnp.einsum, preferred_element_type=wide)
-                    d_q = d_q + product("TS,SH->TH", d_s, k)
-                    d_key = d_key.at[j].add(product("TS,TH->SH", d_s, q))
-                    d_value = d_value.at[j].add(product("TS,TE->SE", p, d_o))
-                    return d_q, d_key, d_value, slopes
+        d_q = jnp.zeros(q.shape[::-1], wide)
+        d_q, *carry = _walk(lists, plan, b, h, i, visit, (d_q, *carry))
+        return (_write(d_query, b, h, i, d_q.T), *carry), None
 
-                return step
-
-            d_q = jnp.zeros((size, H), wide)
-            d_q, *carry = _walk(lists, plan, b, h, i, visit, (d_q, *carry))
-            return tuple(carry), d_q.astype(query.dtype)
-
-        width = key.shape[3]
-        begin = jnp.zeros((keys, width, H), wide), jnp.zeros((keys, width, E), wide)
-        (d_key, d_value, slopes), d_query = jax.lax.scan(
-            block_of_queries, (*begin, slopes), jnp.arange(G * count)
-        )
-        return slopes, (d_query, d_key.astype(key.dtype), d_value.astype(value.dtype))
-
-    slopes, (d_query, d_key, d_value) = jax.lax.scan(
-        head_of_keys, _zero_slopes(score), jnp.arange(B * K)
+    product = functools.partial(jnp.einsum, preferred_element_type=wide)
+    sums = (jnp.zeros(x.shape, wide) for x in (key, value))
+    carry = (jnp.zeros_like(query), *sums, _zero_slopes(score))
+    (d_query, d_key, d_value, slopes), _ = jax.lax.scan(
+        block_of_queries, carry, jnp.arange(B * N * count, dtype=jnp.int32)
     )
     d_score = None if score is None else jax.tree.map(_cotangent, slopes, score)
-    return (
-        d_query.reshape(query.shape),
-        d_key.reshape(key.shape),
-        d_value.reshape(value.shape),
-        None,
-        d_score,
-        None,
-    )
+    d_key, d_value = d_key.astype(key.dtype), d_value.astype(value.dtype)
+    return d_query, d_key, d_value, None, d_score, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _scores(q, k, mask, score, tile: Tile, plan: _Plan):
-    """A block's scores, what the mask admits of it, and the pull-back through the score rule."""
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    clean = k if mask is None else _finite(k)
-    s = jnp.einsum("TH,SH->TS", q, clean, preferred_element_type=wide) * plan.scale
-    good = None
-    if mask is not None:
-        good = _finite_rows(k)
+def _scores(s, good, mask, score, tile: Tile, plan: _Plan):
+    """A block's scores (T, S), what the mask admits, and the pull-back through scale and rule.
+
+    `good` (1, S) says which keys are finite; None: the block is full, the mask is not asked.
+    """
+    s = s * plan.scale
+    if good is not None:
         s = jnp.where(good, s, jnp.nan)
     back = None
     if score is not None:
         cut = score.tile(tile)
         s, back = jax.vjp(
-            lambda s, rule: rule.within(s[None, None], tile)[0, 0].astype(wide), s, cut
+            lambda s, rule: rule.within(s[None, None], tile)[0, 0].astype(s.dtype),
+            s,
+            cut,
         )
 
     def pull(d):
@@ -272,12 +254,30 @@ def _scores(q, k, mask, score, tile: Tile, plan: _Plan):
         d_s = d_s if good is None else jnp.where(good, d_s, 0.0)
         return d_s, jax.tree.map(_dense, d_rule, cut)
 
-    if mask is None:
+    if good is None:
         return s, None, pull
     # A row that only fills up a block could see a NaN, and hand it on to the keys' gradients.
     allowed = mask.tile(tile) & (tile.index[2] < plan.shape[2])
     allowed = jnp.broadcast_to(allowed[0, 0], s.shape)
     return jnp.where(allowed, s, -jnp.inf), allowed, pull
+
+
+def _read(x: Array, b, h, i, size: int) -> Array:
+    """Block i of a row and a head of (B, T, N, H): (size, H)."""
+    part = (1, size, 1, x.shape[3])
+    return jax.lax.dynamic_slice(x, (b, i * size, h, jnp.int32(0)), part)[0, :, 0]
+
+
+def _write(x: Array, b, h, i, block: Array) -> Array:
+    """`x` with that block replaced; a block of one axis stands for one of size 1."""
+    block = block.reshape(1, block.shape[0], 1, -1).astype(x.dtype)
+    return jax.lax.dynamic_update_slice(
+        x, block, (b, i * block.shape[1], h, jnp.int32(0))
+    )
+
+
+def _add(x: Array, b, h, i, block: Array) -> Array:
+    return _write(x, b, h, i, _read(x, b, h, i, block.shape[0]) + block)
 
 
 class _Lists(NamedTuple):
@@ -328,15 +328,19 @@ def _of_head(array: Array, b, h) -> Array:
 
 def _place(lists: _Lists | None, plan: _Plan, b, h, i, place):
     """Which block of keys stands at a place of a list, and its tile."""
-    j = place if lists is None else _of_head(lists.order, b, h)[i, place]
+    if lists is not None:
+        place = _of_head(lists.order, b, h)[i, place]
+    j = jnp.asarray(place, jnp.int32)
     return j, Tile((b, h, i * plan.size[0], j * plan.size[1]), plan.size)
 
 
-def _dropped(p: Array, seed: Array | None, tile: Tile, plan: _Plan) -> Array:
-    if seed is None:
-        return p
-    kept = keep_by_seed(seed, plan.rate, *tile.index)[0, 0]
-    return jnp.where(kept, p / (1.0 - plan.rate), 0.0)
+def _kept(seed: Array | None, tile: Tile, plan: _Plan) -> Array | None:
+    """(T, S): which weights of a block dropout leaves; None: there is no dropout."""
+    return None if seed is None else keep_by_seed(seed, plan.rate, *tile.index)[0, 0]
+
+
+def _dropped(p: Array, kept: Array | None, plan: _Plan) -> Array:
+    return p if kept is None else jnp.where(kept, p / (1.0 - plan.rate), 0.0)
 
 
 def _finite(x: Array) -> Array:
