@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from qkv_jax.ops.blockwise import blockwise_attention
 from qkv_jax.ops.masks import Mask, as_mask
 from qkv_jax.ops.reference import reference_attention, reference_weights
-from qkv_jax.ops.scores import Score
+from qkv_jax.ops.scores import Score, supported
 
 Array = jax.Array
 Implementation = Literal["reference", "blockwise"]
@@ -106,7 +106,7 @@ def dot_product_attention(
         query,
         key,
         value,
-        mask=as_mask(mask),
+        mask=supported(as_mask(mask), score),
         score=score,
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         dropout_rate=dropout_rate,
@@ -205,7 +205,9 @@ def attention_weights(
     """
     _check(query, key, None, score)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return reference_weights(query, key, mask=as_mask(mask), score=score, scale=scale)
+    return reference_weights(
+        query, key, mask=supported(as_mask(mask), score), score=score, scale=scale
+    )
 
 
 def _check(query: Array, key: Array, value: Array | None, score: Score | None) -> None:

@@ -67,18 +67,28 @@ def blockwise_attention(
         return jnp.zeros((B, T, N, E), query.dtype), jnp.full((B, T, N), -jnp.inf, wide)
     size = block_size or (_block(T), _block(S))
     plan = _Plan((B, N, T, S), size, scale, dropout_rate)
-    grid = plan.grid
-    mask = None if mask is None else mask.fill(grid)
-    if grid.count[1] * size[1] > S:
-        mask = masks.prefix(S) if mask is None else mask & masks.prefix(S)
-    score = None if score is None else score.fill(grid)
     seed = None
     if dropout_rate > 0.0 and dropout_rng is not None:
         seed = jax.random.bits(dropout_rng, (), jnp.uint32)
-    query = _filled(query, grid.count[0] * size[0])
-    key, value = (_filled(x, grid.count[1] * size[1]) for x in (key, value))
-    out, logsumexp = _attend(query, key, value, mask, score, seed, plan)
+    arguments = _filled(query, key, value, mask, score, plan)
+    out, logsumexp = _attend(*arguments, seed, plan)
     return out[:, :T], logsumexp[:, :T]
+
+
+def largest_scores(
+    query: Array, key: Array, *, mask: Mask | None, score: Score | None, scale: float
+) -> Array:
+    """The largest score of each row, (B, T, N) float32; -inf where it may attend to nothing."""
+    B, T, N, _ = query.shape
+    S = key.shape[1]
+    if B * T * S * N == 0:
+        wide = jnp.promote_types(query.dtype, jnp.float32)
+        return jnp.full((B, T, N), -jnp.inf, wide)
+    plan = _Plan((B, N, T, S), (_block(T), _block(S)), scale, 0.0)
+    value = jnp.zeros((*key.shape[:3], 1), key.dtype)
+    arguments = _filled(query, key, value, mask, score, plan)
+    *_, top, _ = _forward(*arguments, None, plan)[1]
+    return top[:, :T, :, 0]
 
 
 def _block(length: int) -> int:
@@ -87,9 +97,20 @@ def _block(length: int) -> int:
     return -(-length // (8 * count)) * 8
 
 
-def _filled(x: Array, length: int) -> Array:
-    """(B, T, N, H) with T filled up with zeros."""
-    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
+def _filled(query, key, value, mask: Mask | None, score: Score | None, plan: _Plan):
+    """The arguments filled up to whole blocks, with a mask that rules out what fills up the keys."""
+    grid = plan.grid
+    T, S = (count * size for count, size in zip(grid.count, plan.size))
+    mask = None if mask is None else mask.fill(grid)
+    if S > plan.shape[3]:
+        inside = masks.prefix(plan.shape[3])
+        mask = inside if mask is None else mask & inside
+    score = None if score is None else score.fill(grid)
+
+    def fill(x: Array, length: int) -> Array:
+        return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
+
+    return fill(query, T), fill(key, S), fill(value, S), mask, score
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))

@@ -4,6 +4,7 @@ A case states its mask twice: as the package's Mask, and as a plain Python rule 
 asks pair by pair. The same for its score.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -78,6 +79,8 @@ PAIRS = _random(2, 2, 5, 7) > 0.0
 FULL = {"B": 2, "N": 2, "T": 5, "S": 7}
 BIAS = _random(2, 2, 5, 7)
 SLOPES = np.array([0.5, 0.25])
+TABLE = _random(8, 2)
+SPANS = np.array([0.7, 2.4])
 
 SHAPES = [
     Case(name="plain", bf16=True),
@@ -259,6 +262,20 @@ def _distance(score, b, h, q, k, slopes):
     return score - slopes[h].astype(score.dtype) * jnp.abs(q - k)
 
 
+def _bucket(distance, buckets=8, longest=16):
+    """T5's bucket, as its paper and code have it, for a two-sided table."""
+    half, back = buckets // 2, abs(distance)
+    exact = half // 2
+    if back >= exact:
+        fold = math.log(back / exact) / math.log(longest / exact)
+        back = min(exact + int(fold * (half - exact)), half - 1)
+    return back + (half if distance > 0 else 0)
+
+
+def _fade(score, b, h, q, k):
+    return score + math.log(min((2.0 + SPANS[h] - abs(q - k)) / 2.0, 1.0)), 1.0
+
+
 def _square(score, b, h, q, k):
     return score**2
 
@@ -289,6 +306,31 @@ SCORES = [
         rule=lambda b, h, q, k: k <= q,
         score=lambda: scores.modifier(_distance, SLOPES),
         curve=lambda s, b, h, q, k: (s - SLOPES[h] * abs(q - k), 1.0),
+    ),
+    Case(
+        name="alibi",
+        T=11,
+        S=7,
+        score=lambda: scores.alibi(SLOPES),
+        curve=lambda s, b, h, q, k: (s - SLOPES[h] * abs(q - k), 1.0),
+        bf16=True,
+    ),
+    Case(
+        name="relative bias, one query head a key head",
+        B=1,
+        T=23,
+        S=29,
+        score=lambda: scores.relative_bias(TABLE, max_distance=16),
+        curve=lambda s, b, h, q, k: (s + TABLE[_bucket(k - q), h], 1.0),
+    ),
+    Case(
+        name="adaptive span, causal",
+        T=11,
+        S=7,
+        mask=lambda: masks.causal(),
+        rule=lambda b, h, q, k: k <= q and q - k < SPANS[h] + 2.0,
+        score=lambda: scores.adaptive_span(SPANS, ramp=2.0),
+        curve=_fade,
     ),
     Case(
         name="modifier that is not linear",
