@@ -9,7 +9,8 @@ Source: online softmax, Milakov and Gimelshein 2018, arXiv 1805.02867; its rever
 """
 
 import functools
-from typing import Any, NamedTuple
+import math
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,12 @@ from qkv_jax.ops.masks import Blocks, Mask, Tile
 from qkv_jax.ops.scores import Score
 
 Array = jax.Array
-BLOCK = 256
+# Nanoseconds a query-key pair costs in blocks of at most so many queries and keys, forward and
+# backward, float32, H = 64, on 2 cores (`python -m benchmarks.attention --sweep-blocks`): XLA has
+# the cores share products that are large.
+LIMITS = {(128, 128): 13.0, (512, 256): 9.6, (512, 512): 8.5}
+# What a block needs: nothing; the mask; the mask, and care for what is not finite.
+Kind = Literal["full", "masked", "guarded"]
 
 
 class _Plan(NamedTuple):
@@ -54,7 +60,7 @@ def blockwise_attention(
     Args:
         query, key, value, mask, score, scale, dropout_rate, dropout_rng: as for
             `dot_product_attention`.
-        block_size: queries and keys in a block; None: chosen by T and S.
+        block_size: queries and keys in a block; None: see `choose_blocks`.
 
     Returns:
         out (B, T, N, E) in query's dtype; logsumexp (B, T, N) float32 (float64 for float64).
@@ -65,7 +71,7 @@ def blockwise_attention(
     if B * T * S * N == 0:
         wide = jnp.promote_types(query.dtype, jnp.float32)
         return jnp.zeros((B, T, N, E), query.dtype), jnp.full((B, T, N), -jnp.inf, wide)
-    size = block_size or (_block(T), _block(S))
+    size = block_size or choose_blocks(mask, (B, N, T, S))
     plan = _Plan((B, N, T, S), size, scale, dropout_rate)
     seed = None
     if dropout_rate > 0.0 and dropout_rng is not None:
@@ -84,16 +90,42 @@ def largest_scores(
     if B * T * S * N == 0:
         wide = jnp.promote_types(query.dtype, jnp.float32)
         return jnp.full((B, T, N), -jnp.inf, wide)
-    plan = _Plan((B, N, T, S), (_block(T), _block(S)), scale, 0.0)
+    size = choose_blocks(mask, (B, N, T, S))
+    plan = _Plan((B, N, T, S), size, scale, 0.0)
     value = jnp.zeros((*key.shape[:3], 1), key.dtype)
-    arguments = _filled(query, key, value, mask, score, plan)
-    *_, top, _ = _forward(*arguments, None, plan)[1]
+    query, key, value, mask, score = _filled(query, key, value, mask, score, plan)
+    *_, top, _ = _forward(query, key, value, mask, score, None, plan)[1]
     return top[:, :T, :, 0]
 
 
-def _block(length: int) -> int:
-    """A block is a multiple of 8, and the last one is not mostly filled up."""
-    count = -(-length // BLOCK)
+def choose_blocks(
+    mask: Mask | None, shape: tuple[int, int, int, int]
+) -> tuple[int, int]:
+    """Queries and keys in a block, by a model of the time that the blocks looked at would take.
+
+    Of a mask that is traced, all blocks are taken to be looked at.
+
+    Args:
+        mask: of the attention.
+        shape: (B, N, T, S).
+    """
+
+    def cost(limits: tuple[int, int]) -> float:
+        size = even_block(shape[2], limits[0]), even_block(shape[3], limits[1])
+        grid = Blocks(shape, size)
+        some = np.ones((1, 1, 1, 1), bool)
+        if mask is not None and not jax.tree.leaves(mask):
+            some = mask.blocks(grid)[0]
+        share = np.broadcast_to(some, (*some.shape[:2], *grid.count)).mean()
+        return share * math.prod(grid.count) * math.prod(size) * LIMITS[limits]
+
+    best = min(LIMITS, key=cost)
+    return even_block(shape[2], best[0]), even_block(shape[3], best[1])
+
+
+def even_block(length: int, limit: int) -> int:
+    """A block of at most `limit`: a multiple of 8, and the last one is not mostly filled up."""
+    count = -(-length // limit)
     return -(-length // (8 * count)) * 8
 
 
@@ -124,22 +156,22 @@ def _forward(query, key, value, mask, score, seed, plan: _Plan):
     size, width = plan.size
     count = plan.grid.count[0]
     wide = jnp.promote_types(query.dtype, jnp.float32)
-    lists = _lists(mask, plan, key, value)
+    lists = _lists(mask, plan, query, key, value)
 
     def block_of_queries(written, at):
         b, h, i = at // (N * count), at // count % N, at % count
         q = _read(query, b, h, i, size)
 
-        def visit(doubt):
+        def visit(kind):
             def step(place, carry):
                 top, total, acc, bad = carry
                 j, tile = _place(lists, plan, b, h, i, place)
-                k, v = (_read(x, b, h // G, j, width) for x in (key, value))
-                good = _finite_rows(k) if doubt else None
-                k = _finite(k) if doubt else k
+                k, v = _read_keys(key, value, b, h // G, j, width, place)
+                good = _finite_rows(k) if kind == "guarded" else None
+                k = _finite(k) if kind == "guarded" else k
                 s = jnp.einsum("TH,SH->TS", q, k, preferred_element_type=wide)
-                s, allowed, _ = _scores(s, good, mask, score, tile, plan)
-                if doubt:
+                s, allowed, _ = _scores(s, good, kind, mask, score, tile, plan, _as_is)
+                if kind == "guarded":
                     bad = bad | jnp.any(allowed & ~_finite_rows(v), axis=1)
                     v = _finite(v)
                 new_top = jnp.maximum(top, s.max(axis=1))
@@ -185,7 +217,7 @@ def _backward(plan: _Plan, saved, cotangents):
     size, width = plan.size
     count = plan.grid.count[0]
     wide = top.dtype
-    lists = _lists(mask, plan, key, value)
+    lists = _lists(mask, plan, query, key, value, d_out, d_logsumexp)
     # A value that is not finite makes whole rows NaN: constants, which have no gradient.
     constant = jnp.isnan(out).all(-1) & ~jnp.isnan(total[..., 0]) & (mask is not None)
     lowered = jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1)
@@ -202,30 +234,32 @@ def _backward(plan: _Plan, saved, cotangents):
         )
         d_o = jnp.where(zero.T, 0, d_o).astype(d_o.dtype)
 
-        def visit(doubt):
+        def visit(kind):
             def step(place, carry):
                 d_q, d_key, d_value, slopes = carry
                 j, tile = _place(lists, plan, b, h, i, place)
-                k, v = (_read(x, b, h // G, j, width) for x in (key, value))
-                good = _finite_rows(k) if doubt else None
-                if doubt:
+                k, v = _read_keys(key, value, b, h // G, j, width, place)
+                good = _finite_rows(k).T if kind == "guarded" else None
+                if kind == "guarded":
                     k, v = _finite(k), _finite(v)
-                # Keys by queries: so all but one of the products below read along rows.
-                s = product("SH,TH->ST", k, q).T
-                s, allowed, pull = _scores(s, good, mask, score, tile, plan)
-                p = jnp.exp(s.T - most) * share
-                if doubt:
-                    p = jnp.where(allowed.T, p, 0.0)
-                kept = _kept(seed, tile, plan)
-                d_p = _dropped(product("SE,TE->ST", v, d_o).T, kept, plan).T
+                # Keys by queries: so all but one of the products read along rows.
+                s = product("SH,TH->ST", k, q)
+                s, allowed, pull = _scores(
+                    s, good, kind, mask, score, tile, plan, jnp.transpose
+                )
+                p = jnp.exp(s - most) * share
+                if kind == "guarded":
+                    p = jnp.where(allowed, p, 0.0)
+                kept = _kept(seed, tile, plan, jnp.transpose)
+                d_p = _dropped(product("SE,TE->ST", v, d_o), kept, plan)
                 d_s = p * (d_p - low)
-                if doubt:
-                    d_s = jnp.where(allowed.T, d_s, 0.0)
-                d_s, d_score = pull(d_s.T)
+                if kind == "guarded":
+                    d_s = jnp.where(allowed, d_s, 0.0)
+                d_s, d_score = pull(d_s)
                 if slopes is not None:
                     slopes = slopes.add(d_score, tile)
-                d_s = (d_s.T * plan.scale).astype(q.dtype)
-                p = _dropped(p.T, kept, plan).T.astype(d_o.dtype)
+                d_s = (d_s * plan.scale).astype(q.dtype)
+                p = _dropped(p, kept, plan).astype(d_o.dtype)
                 d_q = d_q + product("SH,ST->HT", k, d_s)
                 d_key = _add(d_key, b, h // G, j, product("ST,TH->SH", d_s, q))
                 d_value = _add(d_value, b, h // G, j, product("ST,TE->SE", p, d_o))
@@ -239,7 +273,7 @@ def _backward(plan: _Plan, saved, cotangents):
 
     product = functools.partial(jnp.einsum, preferred_element_type=wide)
     sums = (jnp.zeros(x.shape, wide) for x in (key, value))
-    carry = (jnp.zeros_like(query), *sums, _zero_slopes(score))
+    carry: Any = (jnp.zeros_like(query), *sums, _zero_slopes(score))
     (d_query, d_key, d_value, slopes), _ = jax.lax.scan(
         block_of_queries, carry, jnp.arange(B * N * count, dtype=jnp.int32)
     )
@@ -251,10 +285,12 @@ def _backward(plan: _Plan, saved, cotangents):
 _attend.defvjp(_forward, _backward)
 
 
-def _scores(s, good, mask, score, tile: Tile, plan: _Plan):
-    """A block's scores (T, S), what the mask admits, and the pull-back through scale and rule.
+def _scores(s, good, kind: Kind, mask, score, tile: Tile, plan: _Plan, turn):
+    """A block's scores, what the mask admits, and the pull-back through the rule.
 
-    `good` (1, S) says which keys are finite; None: the block is full, the mask is not asked.
+    Args:
+        s: (T, S), or (S, T) where `turn` transposes; of the same form are all results.
+        good: whether each key is finite, broadcasts to s; None: the block is not guarded.
     """
     s = s * plan.scale
     if good is not None:
@@ -262,11 +298,11 @@ def _scores(s, good, mask, score, tile: Tile, plan: _Plan):
     back = None
     if score is not None:
         cut = score.tile(tile)
-        s, back = jax.vjp(
-            lambda s, rule: rule.within(s[None, None], tile)[0, 0].astype(s.dtype),
-            s,
-            cut,
-        )
+
+        def bend(s, rule):
+            return turn(rule.within(turn(s)[None, None], tile)[0, 0]).astype(s.dtype)
+
+        s, back = jax.vjp(bend, s, cut)
 
     def pull(d):
         if back is None:
@@ -275,18 +311,33 @@ def _scores(s, good, mask, score, tile: Tile, plan: _Plan):
         d_s = d_s if good is None else jnp.where(good, d_s, 0.0)
         return d_s, jax.tree.map(_dense, d_rule, cut)
 
-    if good is None:
+    if kind == "full":
         return s, None, pull
-    # A row that only fills up a block could see a NaN, and hand it on to the keys' gradients.
-    allowed = mask.tile(tile) & (tile.index[2] < plan.shape[2])
-    allowed = jnp.broadcast_to(allowed[0, 0], s.shape)
+    allowed = mask.tile(tile)
+    if kind == "guarded":
+        # A row that only fills up a block could see a NaN, and hand it on to keys' gradients.
+        allowed = allowed & (tile.index[2] < plan.shape[2])
+    allowed = jnp.broadcast_to(turn(allowed[0, 0]), s.shape)
     return jnp.where(allowed, s, -jnp.inf), allowed, pull
+
+
+def _as_is(x: Array) -> Array:
+    return x
 
 
 def _read(x: Array, b, h, i, size: int) -> Array:
     """Block i of a row and a head of (B, T, N, H): (size, H)."""
     part = (1, size, 1, x.shape[3])
     return jax.lax.dynamic_slice(x, (b, i * size, h, jnp.int32(0)), part)[0, :, 0]
+
+
+def _read_keys(key: Array, value: Array, b, h, j, size: int, place):
+    """Block j of keys and of values."""
+    k, v = (_read(x, b, h, j, size) for x in (key, value))
+    if key.shape[1] == size:
+        # A lone block does not depend on the loop: XLA would work on it even in those not run.
+        k, v, _ = jax.lax.optimization_barrier((k, v, place))
+    return k, v
 
 
 def _write(x: Array, b, h, i, block: Array) -> Array:
@@ -302,22 +353,21 @@ def _add(x: Array, b, h, i, block: Array) -> Array:
 
 
 class _Lists(NamedTuple):
-    """The blocks of keys that each block of queries looks at: full ones first, then in doubt.
+    """The blocks of keys that each block of queries looks at: full, then masked, then guarded.
 
     Attributes:
         order: (B or 1, N or 1, blocks of queries, blocks of keys) int32.
-        full, some: (B or 1, N or 1, blocks of queries) int32: where each kind ends.
+        ends: of the three kinds, (B or 1, N or 1, blocks of queries) int32 each.
     """
 
     order: Any
-    full: Any
-    some: Any
+    ends: tuple[Any, Any, Any]
 
 
-def _lists(mask: Mask | None, plan: _Plan, key, value) -> _Lists | None:
+def _lists(mask: Mask | None, plan: _Plan, *arrays: Array) -> _Lists | None:
     """None: there is no mask, every block is full.
 
-    With a NaN or inf in any key or value, all blocks are in doubt: only there is it kept from the
+    With a NaN or inf in any of the arrays, all blocks are guarded: only there is it kept from the
     rows that may not see it, and shown whole to those that may.
     """
     if mask is None:
@@ -327,20 +377,24 @@ def _lists(mask: Mask | None, plan: _Plan, key, value) -> _Lists | None:
     known = isinstance(some, np.ndarray) and isinstance(every, np.ndarray)
     xp = np if known else jnp
     shape = np.broadcast_shapes(some.shape, every.shape, (1, 1, *grid.count))
-    kind = xp.broadcast_to(xp.where(every, 0, xp.where(some, 1, 2)), shape)
-    order = xp.argsort(kind, axis=-1, stable=True).astype(np.int32)
-    full, some = ((kind < end).sum(-1).astype(np.int32) for end in (1, 2))
-    clean = jnp.all(jnp.isfinite(key)) & jnp.all(jnp.isfinite(value))
-    return _Lists(jnp.asarray(order), jnp.where(clean, full, 0), jnp.asarray(some))
+    rank = xp.broadcast_to(xp.where(every, 0, xp.where(some, 1, 2)), shape)
+    order = xp.argsort(rank, axis=-1, stable=True).astype(np.int32)
+    full, some = ((rank < end).sum(-1).astype(np.int32) for end in (1, 2))
+    clean = functools.reduce(jnp.logical_and, map(_all_finite, arrays))
+    ends = jnp.where(clean, full, 0), jnp.where(clean, some, 0), jnp.asarray(some)
+    return _Lists(jnp.asarray(order), ends)
 
 
 def _walk(lists: _Lists | None, plan: _Plan, b, h, i, visit, carry):
-    """Runs visit(doubt)(place, carry) over a block of queries' list, doubtful ones last."""
+    """Runs visit(kind)(place, carry) over a block of queries' list."""
     if lists is None:
-        return jax.lax.fori_loop(0, plan.grid.count[1], visit(False), carry)
-    full, some = (_of_head(ends, b, h)[i] for ends in (lists.full, lists.some))
-    carry = jax.lax.fori_loop(0, full, visit(False), carry)
-    return jax.lax.fori_loop(full, some, visit(True), carry)
+        return jax.lax.fori_loop(0, plan.grid.count[1], visit("full"), carry)
+    begin: Any = 0
+    for kind, ends in zip(get_args(Kind), lists.ends):
+        end = _of_head(ends, b, h)[i]
+        carry = jax.lax.fori_loop(begin, end, visit(kind), carry)
+        begin = end
+    return carry
 
 
 def _of_head(array: Array, b, h) -> Array:
@@ -355,9 +409,11 @@ def _place(lists: _Lists | None, plan: _Plan, b, h, i, place):
     return j, Tile((b, h, i * plan.size[0], j * plan.size[1]), plan.size)
 
 
-def _kept(seed: Array | None, tile: Tile, plan: _Plan) -> Array | None:
-    """(T, S): which weights of a block dropout leaves; None: there is no dropout."""
-    return None if seed is None else keep_by_seed(seed, plan.rate, *tile.index)[0, 0]
+def _kept(seed: Array | None, tile: Tile, plan: _Plan, turn=_as_is) -> Array | None:
+    """(T, S), turned: which weights of a block dropout leaves; None: there is no dropout."""
+    if seed is None:
+        return None
+    return turn(keep_by_seed(seed, plan.rate, *tile.index)[0, 0])
 
 
 def _dropped(p: Array, kept: Array | None, plan: _Plan) -> Array:
@@ -366,6 +422,10 @@ def _dropped(p: Array, kept: Array | None, plan: _Plan) -> Array:
 
 def _finite(x: Array) -> Array:
     return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
+
+
+def _all_finite(x: Array) -> Array:
+    return jnp.all(jnp.isfinite(x))
 
 
 def _finite_rows(x: Array) -> Array:

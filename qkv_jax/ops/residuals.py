@@ -57,9 +57,8 @@ def merge(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, 
     (out, lse), (other_out, other_lse) = one, other
     total = jnp.logaddexp(lse, other_lse)
     floor = jnp.where(total == -jnp.inf, 0.0, total)
-    shares = (jnp.exp(x - floor)[..., None] for x in (lse, other_lse))
-    parts = (x * share for x, share in zip((out, other_out), shares))
-    return sum(parts).astype(out.dtype), total
+    share, other_share = (jnp.exp(x - floor)[..., None] for x in (lse, other_lse))
+    return (out * share + other_out * other_share).astype(out.dtype), total
 
 
 def column_sums(

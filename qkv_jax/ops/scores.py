@@ -59,7 +59,8 @@ class Modifier(Score):
     fn: Callable[..., Array] = field(metadata={"static": True})
 
     def apply(self, score, b, h, q, k):
-        return self.fn(score, b, h, q, k, *self.arrays)
+        # A numpy array within a compiled function cannot be indexed by what is traced.
+        return self.fn(score, b, h, q, k, *map(jnp.asarray, self.arrays))
 
 
 @jax.tree_util.register_dataclass

@@ -22,7 +22,7 @@ each_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 
 @pytest.fixture
 def in_blocks(monkeypatch):
-    monkeypatch.setattr(blockwise, "_block", lambda length: 3)
+    monkeypatch.setattr(blockwise, "choose_blocks", lambda *_: (3, 3))
     monkeypatch.setattr("qkv_jax.ops.attention.DENSE_PAIRS", 0)
 
 
