@@ -42,6 +42,14 @@ class _Plan(NamedTuple):
     def grid(self) -> Blocks:
         return Blocks(self.shape, self.size)
 
+    def early(self, dtype) -> float:
+        """The scale if queries can be multiplied by it without a loss, else 1."""
+        return self.scale if jnp.promote_types(dtype, jnp.float32) == dtype else 1.0
+
+    def late(self, dtype) -> float:
+        """The scale if it is left to the scores, else 1."""
+        return self.scale if self.early(dtype) != self.scale else 1.0
+
 
 def blockwise_attention(
     query: Array,
@@ -160,7 +168,7 @@ def _forward(query, key, value, mask, score, seed, plan: _Plan):
 
     def block_of_queries(written, at):
         b, h, i = at // (N * count), at // count % N, at % count
-        q = _read(query, b, h, i, size)
+        q = _read(query, b, h, i, size) * plan.early(query.dtype)
 
         def visit(kind):
             def step(place, carry):
@@ -170,7 +178,9 @@ def _forward(query, key, value, mask, score, seed, plan: _Plan):
                 good = _finite_rows(k) if kind == "guarded" else None
                 k = _finite(k) if kind == "guarded" else k
                 s = jnp.einsum("TH,SH->TS", q, k, preferred_element_type=wide)
-                s, allowed, _ = _scores(s, good, kind, mask, score, tile, plan, _as_is)
+                s, allowed, _ = _scores(
+                    s * plan.late(q.dtype), good, kind, mask, score, tile, plan, _as_is
+                )
                 if kind == "guarded":
                     bad = bad | jnp.any(allowed & ~_finite_rows(v), axis=1)
                     v = _finite(v)
@@ -232,6 +242,7 @@ def _backward(plan: _Plan, saved, cotangents):
             _read(x, b, h, i, size).T
             for x in (lowered[..., None], top, total, constant[..., None])
         )
+        q = q * plan.early(q.dtype)
         d_o = jnp.where(zero.T, 0, d_o).astype(d_o.dtype)
 
         def visit(kind):
@@ -243,7 +254,7 @@ def _backward(plan: _Plan, saved, cotangents):
                 if kind == "guarded":
                     k, v = _finite(k), _finite(v)
                 # Keys by queries: so all but one of the products read along rows.
-                s = product("SH,TH->ST", k, q)
+                s = product("SH,TH->ST", k, q) * plan.late(q.dtype)
                 s, allowed, pull = _scores(
                     s, good, kind, mask, score, tile, plan, jnp.transpose
                 )
@@ -258,7 +269,7 @@ def _backward(plan: _Plan, saved, cotangents):
                 d_s, d_score = pull(d_s)
                 if slopes is not None:
                     slopes = slopes.add(d_score, tile)
-                d_s = (d_s * plan.scale).astype(q.dtype)
+                d_s = (d_s * plan.late(q.dtype)).astype(q.dtype)
                 p = _dropped(p, kept, plan).astype(d_o.dtype)
                 d_q = d_q + product("SH,ST->HT", k, d_s)
                 d_key = _add(d_key, b, h // G, j, product("ST,TH->SH", d_s, q))
@@ -269,7 +280,8 @@ def _backward(plan: _Plan, saved, cotangents):
 
         d_q = jnp.zeros(q.shape[::-1], wide)
         d_q, *carry = _walk(lists, plan, b, h, i, visit, (d_q, *carry))
-        return (_write(d_query, b, h, i, d_q.T), *carry), None
+        d_q = d_q.T * plan.early(q.dtype)
+        return (_write(d_query, b, h, i, d_q), *carry), None
 
     product = functools.partial(jnp.einsum, preferred_element_type=wide)
     sums = (jnp.zeros(x.shape, wide) for x in (key, value))
@@ -289,10 +301,9 @@ def _scores(s, good, kind: Kind, mask, score, tile: Tile, plan: _Plan, turn):
     """A block's scores, what the mask admits, and the pull-back through the rule.
 
     Args:
-        s: (T, S), or (S, T) where `turn` transposes; of the same form are all results.
+        s: (T, S), scaled, or (S, T) where `turn` transposes; of the same form are all results.
         good: whether each key is finite, broadcasts to s; None: the block is not guarded.
     """
-    s = s * plan.scale
     if good is not None:
         s = jnp.where(good, s, jnp.nan)
     back = None
