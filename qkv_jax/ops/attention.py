@@ -93,7 +93,7 @@ def dot_product_attention(
     Source: Vaswani et al. 2017, arXiv 1706.03762, eq. 1; grouped heads: Ainslie et al. 2023,
     arXiv 2305.13245.
     """
-    _check(query, key, value, score)
+    check_arguments(query, key, value, score)
     if dropout_rate > 0.0 and dropout_rng is None:
         raise ValueError(
             "dropout_rng must be a jax.random key when dropout_rate > 0; got None."
@@ -150,7 +150,7 @@ def explain(
     Raises:
         ValueError, TypeError, NotImplementedError: as `dot_product_attention` would.
     """
-    _check(query, key, value, options.get("score"))
+    check_arguments(query, key, value, options.get("score"))
     return _choose(query, key, scale, implementation)
 
 
@@ -203,14 +203,17 @@ def attention_weights(
 
     For looking at a model, not for computing with it: always O(T S) memory. Arguments as there.
     """
-    _check(query, key, None, score)
+    check_arguments(query, key, None, score)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return reference_weights(
         query, key, mask=supported(as_mask(mask), score), score=score, scale=scale
     )
 
 
-def _check(query: Array, key: Array, value: Array | None, score: Score | None) -> None:
+def check_arguments(
+    query: Array, key: Array, value: Array | None, score: Score | None
+) -> None:
+    """Raises what `dot_product_attention` raises for shapes and dtypes that do not fit."""
     arrays = {"query": query, "key": key} | ({} if value is None else {"value": value})
     for name, array in arrays.items():
         if array.ndim != 4:

@@ -35,34 +35,32 @@ def reference_attention(
         out (B, T, N, E) in query's dtype; logsumexp (B, T, N) float32 (float64 for float64).
     """
     B, T, N, _ = query.shape
-    S, K, E = value.shape[1:]
-    weights, logsumexp, bad = _softmax(
-        query, key, value, mask=mask, score=score, scale=scale
-    )
+    logits, allowed = masked_logits(query, key, mask=mask, score=score, scale=scale)
+    weights, logsumexp = _normalise(logits, allowed)
     if dropout_rate > 0.0 and dropout_rng is not None:
-        kept = keep(dropout_rng, dropout_rate, *index_arrays((B, N, T, S)))
+        kept = keep(dropout_rng, dropout_rate, *index_arrays((B, N, T, key.shape[1])))
         weights = jnp.where(kept, weights / (1.0 - dropout_rate), 0.0)
-    clean = value if mask is None else _finite(value)
-    out = jnp.einsum(
-        "BKGTS,BSKE->BTKGE",
-        weights.reshape(B, K, N // K, T, S).astype(value.dtype),
-        clean,
-        preferred_element_type=weights.dtype,
-    ).reshape(B, T, N, E)
-    if bad is not None:
-        out = jnp.where(bad[..., None], jnp.nan, out)
-    return out.astype(query.dtype), logsumexp
+    return weighted_sum(weights, value, allowed).astype(query.dtype), logsumexp
 
 
 def reference_weights(
     query: Array, key: Array, *, mask: Mask | None, score: Score | None, scale: float
 ) -> Array:
     """The attention weights (B, N, T, S), float32: what `reference_attention` averages with."""
-    return _softmax(query, key, None, mask=mask, score=score, scale=scale)[0]
+    return _normalise(*masked_logits(query, key, mask=mask, score=score, scale=scale))[
+        0
+    ]
 
 
-def _softmax(query, key, value, *, mask, score, scale):
-    """Weights (B, N, T, S), log-sum-exp (B, T, N) and, with a mask, the rows made NaN by values."""
+def masked_logits(
+    query: Array, key: Array, *, mask: Mask | None, score: Score | None, scale: float
+) -> tuple[Array, Array | None]:
+    """What the weights are made of, for every family of dot products.
+
+    Returns:
+        logits (B, N, T, S), float32 at least, NaN for keys that are not finite, not masked yet;
+        what the mask admits, bool that broadcasts to them, or None.
+    """
     B, T, N, H = query.shape
     S, K = key.shape[1:3]
     dtype = jnp.promote_types(query.dtype, jnp.float32)
@@ -76,12 +74,27 @@ def _softmax(query, key, value, *, mask, score, scale):
         logits = jnp.where(_nonfinite_keys(key, N), jnp.nan, logits)
     if score is not None:
         logits = score.over(logits)
-    allowed = None if mask is None else mask.materialise((B, N, T, S))
-    weights, logsumexp = _normalise(logits, allowed)
-    if value is None or allowed is None:
-        return weights, logsumexp, None
+    return logits, None if mask is None else mask.materialise((B, N, T, S))
+
+
+def weighted_sum(weights: Array, value: Array, allowed: Array | None) -> Array:
+    """The values (B, S, K, E) averaged by weights (B, N, T, S): (B, T, N, E) in weights' dtype.
+
+    A value that is not finite makes those rows NaN that are allowed to see it, and no others.
+    """
+    B, N, T, S = weights.shape
+    K, E = value.shape[2:]
+    out = jnp.einsum(
+        "BKGTS,BSKE->BTKGE",
+        weights.reshape(B, K, N // K, T, S).astype(value.dtype),
+        value if allowed is None else _finite(value),
+        preferred_element_type=weights.dtype,
+    ).reshape(B, T, N, E)
+    if allowed is None:
+        return out
     bad = jnp.any(allowed & _nonfinite_keys(value, N), axis=-1)
-    return weights, logsumexp, jnp.broadcast_to(bad, (B, N, T)).swapaxes(1, 2)
+    bad = jnp.broadcast_to(bad, (B, N, T)).swapaxes(1, 2)
+    return jnp.where(bad[..., None], jnp.nan, out)
 
 
 def _normalise(logits: Array, allowed: Array | None) -> tuple[Array, Array]:

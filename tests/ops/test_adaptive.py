@@ -1,0 +1,142 @@
+"""Adaptively sparse attention, against closed forms and bisection in float64 numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qkv_jax.ops import masks, scores
+from qkv_jax.ops.adaptive import entmax, entmax_attention, sparsemax
+from tests.ops.test_attention import normal, qkv
+
+
+def by_bisection(logits, alpha):
+    """alpha-entmax of one float64 vector; -inf has weight 0."""
+    logits = np.asarray(logits, np.float64)
+    if not np.any(np.isfinite(logits)):
+        return np.zeros_like(logits)
+    if alpha == 1.0:
+        p = np.exp(logits - logits.max())
+        return p / p.sum()
+    scaled = (alpha - 1.0) * logits
+    low, high = scaled.max() - 1.0, scaled.max()
+    for _ in range(200):
+        middle = (low + high) / 2
+        p = np.maximum(scaled - middle, 0.0) ** (1.0 / (alpha - 1.0))
+        low, high = (middle, high) if p.sum() >= 1.0 else (low, middle)
+    p = np.maximum(scaled - low, 0.0) ** (1.0 / (alpha - 1.0))
+    return p / p.sum()
+
+
+def sorted_sparsemax(logits):
+    """Martins and Astudillo 2016, algorithm 1."""
+    ordered = np.sort(logits)[::-1]
+    sums = np.cumsum(ordered)
+    count = np.sum(1.0 + np.arange(1, len(logits) + 1) * ordered > sums)
+    return np.maximum(logits - (sums[count - 1] - 1.0) / count, 0.0)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.01, 1.3, 1.5, 2.0, 3.7])
+def test_entmax_equals_bisection_in_numpy(alpha):
+    logits = 3 * normal(4, 11).astype(np.float64)
+    logits[1, 4:] = -np.inf
+    logits[2] = -np.inf
+    wanted = np.array([by_bisection(row, alpha) for row in logits])
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(entmax(logits, alpha), wanted, atol=1e-12)
+    got = jax.jit(entmax)(logits.astype(np.float32), alpha)
+    np.testing.assert_allclose(got, wanted, atol=2e-5 if alpha == 1.01 else 1e-5)
+
+
+def test_sparsemax_equals_the_closed_form_and_has_exact_zeros():
+    logits = normal(5, 13).astype(np.float64)
+    with jax.enable_x64(True):
+        got = np.asarray(sparsemax(logits))
+    np.testing.assert_allclose(got, [*map(sorted_sparsemax, logits)], atol=1e-14)
+    assert np.mean(got == 0.0) > 0.5
+    np.testing.assert_allclose(got.sum(-1), 1.0, rtol=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.2, 1.5, 2.0])
+def test_gradients_for_logits_and_alpha_equal_finite_differences(alpha):
+    logits, along = (x.astype(np.float64) for x in normal(2, 7))
+    weights = normal(7, seed=4).astype(np.float64)
+
+    def oracle(step, bend):
+        return weights @ by_bisection(logits + step * along, alpha + bend)
+
+    with jax.enable_x64(True):
+
+        def loss(logits, alpha):
+            return jnp.sum(weights * entmax(logits, alpha))
+
+        d_logits, d_alpha = map(
+            np.asarray, jax.grad(loss, argnums=(0, 1))(jnp.asarray(logits), alpha)
+        )
+        _, forward = jax.jvp(lambda x: loss(x, alpha), (logits,), (along,))
+    step = 1e-6
+    slope = (oracle(step, 0.0) - oracle(-step, 0.0)) / (2 * step)
+    np.testing.assert_allclose(d_logits @ along, slope, rtol=1e-6)
+    np.testing.assert_allclose(forward, slope, rtol=1e-6)
+    low = 0.0 if alpha == 1.0 else -1e-5
+    bend = (oracle(0.0, 1e-5) - oracle(0.0, low)) / (1e-5 - low)
+    np.testing.assert_allclose(d_alpha, bend, rtol=1e-4)
+
+
+RULES = {
+    "plain": (lambda: None, lambda b, q, k: True),
+    "causal": (lambda: masks.causal(-1), lambda b, q, k: k <= q - 1),
+    "padded": (
+        lambda: masks.lengths(key=np.array([6, 2], np.int32)),
+        lambda b, q, k: k < (6, 2)[b],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_attention_equals_the_oracle(name):
+    mask, rule = RULES[name]
+    alphas = np.array([1.0, 1.3, 1.5, 2.0])
+    query, key, value = (x.astype(np.float64) for x in qkv())
+    wanted = np.zeros((2, 5, 4, 3))
+    for b, q, h in np.ndindex(2, 5, 4):
+        logits = [
+            1.5 * np.tanh(query[b, q, h] @ key[b, k, h // 2] * 3**-0.5 / 1.5)
+            if rule(b, q, k)
+            else -np.inf
+            for k in range(7)
+        ]
+        wanted[b, q, h] = by_bisection(logits, alphas[h]) @ value[b, :, h // 2]
+    with jax.enable_x64(True):
+        options = {"mask": mask(), "score": scores.soft_cap(1.5)}
+        got = entmax_attention(query, key, value, alphas, **options)
+        np.testing.assert_allclose(got, wanted, atol=1e-12)
+    gradients = jax.grad(
+        lambda *x: jnp.sum(jnp.sin(entmax_attention(*x, mask=mask()))),
+        argnums=(0, 1, 2, 3),
+    )(*qkv(), jnp.asarray(alphas, jnp.float32))
+    assert all(np.isfinite(x).all() for x in gradients)
+
+
+def test_a_nan_reaches_just_the_rows_that_see_it():
+    query, key, value = qkv(B=1, N=2, K=2)
+    key[0, 4], value[0, 4] = np.nan, np.inf
+
+    def run(query, value, mask):
+        return entmax_attention(query, key, value, 1.5, mask=mask)
+
+    out = run(query, value, masks.causal())
+    assert np.isfinite(out[:, :4]).all() and np.isnan(out[:, 4]).all()
+    gradients = jax.grad(
+        lambda *x: jnp.sum(run(*x, ~masks.window(0, 0) & masks.prefix(4))), (0, 1)
+    )(query, value)
+    assert all(np.isfinite(x).all() for x in gradients)
+
+
+def test_bad_alphas_are_named():
+    with pytest.raises(ValueError, match="alpha must be at least 1; got 0.5"):
+        entmax(jnp.zeros(3), 0.5)
+    with pytest.raises(ValueError, match=r"alpha must broadcast to \(2,\); got .*2, 3"):
+        entmax(jnp.zeros((2, 3)), jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"alpha must be \(\) or \(N,\) = \(4,\)"):
+        entmax_attention(*qkv(), jnp.ones(3))
