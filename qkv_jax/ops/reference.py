@@ -77,6 +77,31 @@ def masked_logits(
     return logits, None if mask is None else mask.materialise((B, N, T, S))
 
 
+def attend_with_logits(
+    logits: Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Mask | None,
+    factor: Array | None = None,
+) -> Array:
+    """Attention with scores of another kind, computed from keys in which 0 stands for NaN and inf.
+
+    Args:
+        logits: (B, N, T, S), float32 at least.
+        query, key, value, mask: as for `reference_attention`; the query for its dtype alone.
+        factor: broadcasts to logits; multiplies the weights after the softmax.
+
+    Returns:
+        (B, T, N, E), dtype of query.
+    """
+    logits = jnp.where(_nonfinite_keys(key, logits.shape[1]), jnp.nan, logits)
+    allowed = None if mask is None else mask.materialise(logits.shape)
+    weights, _ = _normalise(logits, allowed)
+    weights = weights if factor is None else weights * factor
+    return weighted_sum(weights, value, allowed).astype(query.dtype)
+
+
 def weighted_sum(weights: Array, value: Array, allowed: Array | None) -> Array:
     """The values (B, S, K, E) averaged by weights (B, N, T, S): (B, T, N, E) in weights' dtype.
 
