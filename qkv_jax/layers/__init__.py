@@ -7,6 +7,7 @@ from qkv_jax.layers.attention import MultiHeadAttention as MultiHeadAttention
 from qkv_jax.layers.embedding import Embedding as Embedding
 from qkv_jax.layers.feed_forward import Activation as Activation
 from qkv_jax.layers.feed_forward import FeedForward as FeedForward
+from qkv_jax.layers.qkv import QKVAttention as QKVAttention
 from qkv_jax.layers.transformer import DecoderBlock as DecoderBlock
 from qkv_jax.layers.transformer import EncoderBlock as EncoderBlock
 from qkv_jax.layers.transformer import NormPlace as NormPlace

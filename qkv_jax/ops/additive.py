@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from qkv_jax.ops.attention import check_arguments, dot_product_attention
-from qkv_jax.ops.masks import Mask, as_mask
+from qkv_jax.ops.masks import Mask, as_mask, dense
 from qkv_jax.ops.reference import attend_with_logits
 
 Array = jax.Array
@@ -132,11 +132,11 @@ def luong_concat(
         raise ValueError(
             f"key must have query's {N} heads; got shape {key.shape}: repeat its heads."
         )
-    halves = (
-        jnp.einsum("BTNC,NCH->BTNH", x, part).astype(query.dtype)
+    query, key = (
+        jnp.einsum("BTNC,NCH->BTNH", x, part).astype(x.dtype)
         for x, part in ((query, matrix[:, :C]), (key, matrix[:, C:]))
     )
-    return additive_attention(*halves, value, weight, mask=mask)
+    return additive_attention(query, key, value, weight, mask=mask)
 
 
 def monotonic_centres(batch: int, length: int) -> Array:
@@ -205,7 +205,7 @@ def local_attention(
         preferred_element_type=wide,
     ).reshape(B, N, T, S)
     away = jnp.arange(S, dtype=wide)[None, None, None] - centres[:, None, :, None]
-    near = as_mask(jnp.abs(away) <= half_width)
-    every = near if mask is None else as_mask(mask) & near
+    near, others = dense(jnp.abs(away) <= half_width), as_mask(mask)
+    every = near if others is None else others & near
     factor = jnp.exp(-2.0 * (away / half_width) ** 2) if gaussian else None
     return attend_with_logits(logits, query, key, value, every, factor)

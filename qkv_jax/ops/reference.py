@@ -96,7 +96,8 @@ def attend_with_logits(
         (B, T, N, E), dtype of query.
     """
     logits = jnp.where(_nonfinite_keys(key, logits.shape[1]), jnp.nan, logits)
-    allowed = None if mask is None else mask.materialise(logits.shape)
+    B, N, T, S = logits.shape
+    allowed = None if mask is None else mask.materialise((B, N, T, S))
     weights, _ = _normalise(logits, allowed)
     weights = weights if factor is None else weights * factor
     return weighted_sum(weights, value, allowed).astype(query.dtype)
