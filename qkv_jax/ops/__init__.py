@@ -1,5 +1,6 @@
 """Pure functions on arrays: attention, masks, scores, positions, caches, dropout."""
 
+from qkv_jax.ops import kv_caches as kv_caches
 from qkv_jax.ops import masks as masks
 from qkv_jax.ops import patterns as patterns
 from qkv_jax.ops import scores as scores
@@ -21,6 +22,7 @@ from qkv_jax.ops.dropout import split_rng as split_rng
 from qkv_jax.ops.graph import arc_attention as arc_attention
 from qkv_jax.ops.graph import gat_attention as gat_attention
 from qkv_jax.ops.graph import gatv2_attention as gatv2_attention
+from qkv_jax.ops.kv_caches import cached_attention as cached_attention
 from qkv_jax.ops.linear import causal_linear_attention as causal_linear_attention
 from qkv_jax.ops.linear import linear_attention as linear_attention
 from qkv_jax.ops.linear import performer_attention as performer_attention
