@@ -22,7 +22,7 @@ def entmax(
     """alpha-entmax over the last axis: a distribution with exact zeros.
 
     By bisection on the threshold, as many halvings as the dtype has digits. Forward and reverse
-    mode, for alpha, too.
+    mode to any order, for alpha, too; as exact beside alpha = 1 as elsewhere.
 
     Args:
         logits: (..., S) floating; -inf has weight 0.
@@ -36,8 +36,7 @@ def entmax(
     Raises:
         ValueError: a Python number alpha under 1.
     """
-    if isinstance(alpha, (int, float)) and alpha < 1:
-        raise ValueError(f"alpha must be at least 1; got {alpha}.")
+    _check_alpha(alpha)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     alpha = jnp.asarray(alpha, logits.dtype)
     if alpha.ndim >= logits.ndim:
@@ -59,7 +58,7 @@ def entmax_attention(
     query: Array,
     key: Array,
     value: Array,
-    alpha: Array,
+    alpha: float | Array,
     *,
     mask: Mask | Array | None = None,
     score: Score | None = None,
@@ -73,7 +72,11 @@ def entmax_attention(
 
     Returns:
         (B, T, N, E), dtype of query; a row with no allowed key is exactly 0.
+
+    Raises:
+        ValueError: a Python number alpha under 1; alpha's shape does not fit.
     """
+    _check_alpha(alpha)
     alpha = jnp.asarray(alpha)
     if alpha.ndim > 1 or alpha.shape not in ((), (query.shape[2],)):
         raise ValueError(
@@ -91,19 +94,24 @@ def entmax_attention(
     return weighted_sum(weights, value, allowed).astype(query.dtype)
 
 
+def _check_alpha(alpha: float | Array) -> None:
+    if isinstance(alpha, (int, float)) and not alpha >= 1:
+        raise ValueError(f"alpha must be at least 1; got {alpha}.")
+
+
 @jax.custom_jvp
 def _entmax(logits: Array, alpha: Array) -> Array:
     """logits (..., S) and alpha (..., 1)."""
     top = logits.max(axis=-1, keepdims=True, initial=-jnp.inf)
     known = jnp.isfinite(top) | (top == -jnp.inf)
-    top = jnp.where(jnp.isfinite(top), top, 0.0)
-    soft = alpha == 1.0
-    spread = jnp.where(soft, 1.0, alpha - 1.0)
-    scores = (logits - top) * spread
+    scores = logits - jnp.where(jnp.isfinite(top), top, 0.0)
+    soft, spread = _spread(alpha)
 
     def weights(threshold: Array) -> Array:
-        over = jnp.maximum(scores - threshold, 0.0)
-        return over ** (1.0 / spread)
+        """(1 + (alpha - 1) (score - threshold)) ** (1 / (alpha - 1)), which tends to exp."""
+        over = scores - threshold
+        bent = jnp.log1p(jnp.maximum(spread * over, -1.0)) / spread
+        return jnp.exp(jnp.where(soft, over, bent))
 
     def halve(_, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
@@ -111,18 +119,24 @@ def _entmax(logits: Array, alpha: Array) -> Array:
         enough = weights(middle).sum(axis=-1, keepdims=True) >= 1.0
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-    count = max(logits.shape[-1], 1)
-    bounds = -jnp.ones_like(top), -(jnp.asarray(count, top.dtype) ** -spread)
+    # At 0 the largest score has weight 1; at `most` even S of them sum to 1 at the most.
+    count = jnp.log(jnp.asarray(max(logits.shape[-1], 1), logits.dtype))
+    most = jnp.where(soft, count, -jnp.expm1(-spread * count) / spread)
     halvings = jnp.finfo(logits.dtype).nmant + 4
+    bounds = jnp.zeros_like(top), jnp.broadcast_to(most, top.shape)
     low, _ = jax.lax.fori_loop(0, halvings, halve, bounds)
-    found = jnp.where(soft, jnp.exp(logits - top), weights(low))
+    found = weights(low)
     total = found.sum(axis=-1, keepdims=True)
     return jnp.where(known, found / jnp.where(total == 0.0, 1.0, total), jnp.nan)
 
 
 @_entmax.defjvp
 def _entmax_jvp(primals, tangents):
-    """Correia et al. 2019, proposition 1."""
+    """Correia et al. 2019, proposition 1.
+
+    The derivative for alpha is theirs with its terms in 1 / (alpha - 1) cancelled by hand, which
+    loses no digits as alpha tends to 1, and needs no other formula there.
+    """
     (logits, alpha), (d_logits, d_alpha) = primals, tangents
     p = _entmax(logits, alpha)
     support = p != 0.0
@@ -131,13 +145,23 @@ def _entmax_jvp(primals, tangents):
     whole = slope.sum(axis=-1, keepdims=True)
     share = slope / jnp.where(whole == 0.0, 1.0, whole)
     along = slope * jnp.where(support, d_logits, 0.0)
-    out = along - share * along.sum(axis=-1, keepdims=True)
+    along = along - d_alpha * _bend(jnp.where(support, p, 0.0), safe, slope, alpha)
+    return p, along - share * along.sum(axis=-1, keepdims=True)
 
-    surprise = p * jnp.log(safe)
+
+def _bend(p: Array, safe: Array, slope: Array, alpha: Array) -> Array:
+    """p (e^x - 1 - x) / (alpha - 1)^2 with x = -(alpha - 1) log p, and slope = p e^x."""
+    _, spread = _spread(alpha)
+    log = jnp.log(safe)
+    x = (1.0 - alpha) * log
+    small = jnp.minimum(x, 1.0)
+    series = jnp.ones_like(x)
+    for n in range(18, 2, -1):
+        series = 1.0 + series * small / n
+    return jnp.where(x < 1.0, p * log**2 * series / 2, (slope - p - p * x) / spread**2)
+
+
+def _spread(alpha: Array) -> tuple[Array, Array]:
+    """Whether alpha is 1, and alpha - 1, for which 1 stands there."""
     soft = alpha == 1.0
-    spread = jnp.where(soft, 1.0, alpha - 1.0)
-    drift = (p - share) / spread**2
-    drift = drift - (surprise - share * surprise.sum(axis=-1, keepdims=True)) / spread
-    limit = jnp.log(safe) * surprise
-    limit = (p * limit.sum(axis=-1, keepdims=True) - limit) / 2
-    return p, out + d_alpha * jnp.where(soft, limit, drift)
+    return soft, jnp.where(soft, 1.0, alpha - 1.0)
