@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from qkv_jax.ops.attention import check_arguments, dot_product_attention
 from qkv_jax.ops.masks import Mask, as_mask, dense
-from qkv_jax.ops.reference import attend_with_logits
+from qkv_jax.ops.reference import _nonfinite_keys, _normalise, attend_with_logits
 
 Array = jax.Array
 # Queries that are scored at a time: tanh of (B, ROWS, S, N, H) stands in memory.
@@ -26,7 +26,7 @@ def additive_attention(
 ) -> Array:
     """Softmax(weight . tanh(query + key)) value: the attention of Bahdanau.
 
-    O(T S H) time; O(T S) memory, and no (T, S, H) array, in reverse neither.
+    O(T S H) time; O(T S + ROWS S H) memory, in reverse, too: no (T, S, H) array.
 
     Args:
         query: (B, T, N, H) floating, projected already (W_a s in the paper).
@@ -41,17 +41,34 @@ def additive_attention(
     Source: Bahdanau et al. 2015, arXiv 1409.0473, appendix A.1.2.
     """
     check_arguments(query, key, value, None)
+    logits = _additive_logits(query, key, weight)
+    return attend_with_logits(logits, query, key, value, as_mask(mask))
+
+
+def additive_weights(
+    query: Array, key: Array, weight: Array, *, mask: Mask | Array | None = None
+) -> Array:
+    """The weights (B, N, T, S), float32 at least, that `additive_attention` averages values with.
+
+    The paper's soft alignment, figure 3. Arguments as there.
+    """
+    check_arguments(query, key, None, None)
+    logits, rule = _additive_logits(query, key, weight), as_mask(mask)
+    logits = jnp.where(_nonfinite_keys(key, query.shape[2]), jnp.nan, logits)
+    allowed = None if rule is None else rule.materialise(logits.shape)
+    return _normalise(logits, allowed)[0]
+
+
+def _additive_logits(query: Array, key: Array, weight: Array) -> Array:
+    """weight . tanh(query + key): (B, N, T, S), float32 at least, 0 standing for NaN and inf in key."""
     B, T, N, H = query.shape
-    if jnp.shape(weight) != (N, H):
-        raise ValueError(
-            f"weight must be (N, H) = {(N, H)}; got shape {jnp.shape(weight)}."
-        )
+    _expect("weight", "(N, H)", weight, (N, H))
     wide = jnp.promote_types(query.dtype, jnp.float32)
     clean = jnp.where(jnp.isfinite(key), key, 0.0).astype(wide)
     keys = jnp.repeat(clean, N // key.shape[2], axis=2)
     rows = min(ROWS, max(T, 1))
     blocks = jnp.pad(query.astype(wide), ((0, 0), (0, -T % rows), (0, 0), (0, 0)))
-    blocks = blocks.reshape(B, -1, rows, N, H).swapaxes(0, 1)
+    blocks = blocks.reshape(B, blocks.shape[1] // rows, rows, N, H).swapaxes(0, 1)
 
     @jax.checkpoint
     def score(block: Array) -> Array:
@@ -59,8 +76,7 @@ def additive_attention(
         return jnp.einsum("BTSNH,NH->BNTS", bent, weight.astype(wide))
 
     logits = jnp.moveaxis(jax.lax.map(score, blocks), 0, 2)
-    logits = logits.reshape(B, N, -1, key.shape[1])[:, :, :T]
-    return attend_with_logits(logits, query, key, value, as_mask(mask))
+    return logits.reshape(B, N, len(blocks) * rows, key.shape[1])[:, :, :T]
 
 
 def luong_dot(
@@ -90,11 +106,8 @@ def luong_general(
 
     Source: Luong et al. 2015, arXiv 1508.04025, section 3.1, "general".
     """
-    want = (query.shape[2], query.shape[3], key.shape[3])
-    if jnp.shape(matrix) != want:
-        raise ValueError(
-            f"matrix must be (N, C, H) = {want}; got shape {jnp.shape(matrix)}."
-        )
+    _expect_four_axes(query, key)
+    _expect("matrix", "(N, C, H)", matrix, (*query.shape[2:], key.shape[3]))
     turned = jnp.einsum("BTNC,NCH->BTNH", query, matrix).astype(query.dtype)
     return luong_dot(turned, key, value, mask=mask)
 
@@ -122,21 +135,21 @@ def luong_concat(
 
     Source: Luong et al. 2015, arXiv 1508.04025, section 3.1, "concat".
     """
-    N, C, D = query.shape[2], query.shape[3], key.shape[3]
-    want = (N, C + D, jnp.shape(weight)[-1])
-    if jnp.shape(matrix) != want:
-        raise ValueError(
-            f"matrix must be (N, C + D, H) = {want}; got shape {jnp.shape(matrix)}."
-        )
+    _expect_four_axes(query, key)
+    (N, C), D = query.shape[2:], key.shape[3]
+    H = jnp.shape(matrix)[-1] if jnp.ndim(matrix) else 0
+    _expect("matrix", "(N, C + D, H)", matrix, (N, C + D, H))
     if key.shape[2] != N:
         raise ValueError(
             f"key must have query's {N} heads; got shape {key.shape}: repeat its heads."
         )
-    query, key = (
-        jnp.einsum("BTNC,NCH->BTNH", x, part).astype(x.dtype)
-        for x, part in ((query, matrix[:, :C]), (key, matrix[:, C:]))
-    )
-    return additive_attention(query, key, value, weight, mask=mask)
+    # A masked key's gradient of 0, times its NaN, would be NaN in the matrix: NaN is put back after.
+    finite = jnp.isfinite(key)
+    clean = jnp.where(finite, key, jnp.zeros((), key.dtype))
+    queries = jnp.einsum("BTNC,NCH->BTNH", query, matrix[:, :C]).astype(query.dtype)
+    keys = jnp.einsum("BSND,NDH->BSNH", clean, matrix[:, C:]).astype(key.dtype)
+    keys = jnp.where(finite.all(axis=-1, keepdims=True), keys, jnp.nan)
+    return additive_attention(queries, keys, value, weight, mask=mask)
 
 
 def monotonic_centres(batch: int, length: int) -> Array:
@@ -156,10 +169,13 @@ def predictive_centres(
         lengths: (B,) int, keys of each row (S in the paper).
 
     Returns:
-        (B, T) float32, positions from 0 to the row's length.
+        (B, T), float32 at least (in bfloat16, keys past 256 have no position of their own);
+        positions from 0 to the row's length.
     """
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    query, matrix, weight = (jnp.asarray(x, wide) for x in (query, matrix, weight))
     share = jax.nn.sigmoid(jnp.tanh(query @ matrix) @ weight)
-    return share.astype(jnp.float32) * lengths.astype(jnp.float32)[:, None]
+    return share * jnp.asarray(lengths, wide)[:, None]
 
 
 def local_attention(
@@ -173,6 +189,8 @@ def local_attention(
     mask: Mask | Array | None = None,
 ) -> Array:
     """Luong's local attention: keys within half_width of each query's centre.
+
+    O(T S) time and memory: the window is a mask.
 
     Args:
         query, key, value, mask: as for `dot_product_attention`; scores are not scaled.
@@ -190,10 +208,7 @@ def local_attention(
     check_arguments(query, key, value, None)
     if half_width < 1:
         raise ValueError(f"half_width must be at least 1; got {half_width}.")
-    if jnp.shape(centres) != query.shape[:2]:
-        raise ValueError(
-            f"centres must be (B, T) = {query.shape[:2]}; got {jnp.shape(centres)}."
-        )
+    _expect("centres", "(B, T)", centres, query.shape[:2])
     wide = jnp.promote_types(query.dtype, jnp.float32)
     B, T, N, H = query.shape
     S, K = key.shape[1:3]
@@ -209,3 +224,18 @@ def local_attention(
     every = near if others is None else others & near
     factor = jnp.exp(-2.0 * (away / half_width) ** 2) if gaussian else None
     return attend_with_logits(logits, query, key, value, every, factor)
+
+
+def _expect(name: str, axes: str, array: Array, want: tuple[int, ...]) -> None:
+    if jnp.shape(array) != want:
+        raise ValueError(
+            f"{name} must be {axes} = {want}; got shape {jnp.shape(array)}."
+        )
+
+
+def _expect_four_axes(query: Array, key: Array) -> None:
+    for name, array in (("query", query), ("key", key)):
+        if array.ndim != 4:
+            raise ValueError(
+                f"{name} must be (batch, length, heads, size); got shape {array.shape}."
+            )

@@ -2,7 +2,8 @@
 
 out_t = phi(q_t) sum_s phi(k_s) v_s^T / phi(q_t) sum_s phi(k_s). The causal form goes through the
 sequence in chunks, so that time and memory are O(T) in both directions, and its state is all that
-decoding needs. Axes: see reference.py, and F features.
+decoding needs. Sums are float32 at least. NaN or inf in a key or value makes those rows NaN that
+are allowed to see it, and no others. Axes: see reference.py, and F features.
 
 Sources: Katharopoulos et al. 2020, arXiv 2006.16236; Choromanski et al. 2021, arXiv 2009.14794.
 """
@@ -21,7 +22,8 @@ CHUNK = 64
 
 def elu_plus_one(x: Array) -> Array:
     """The feature map of Katharopoulos et al.: elu(x) + 1, positive."""
-    return jax.nn.elu(x) + 1.0
+    # jax.nn.elu(x) + 1 cancels: it is 0 below -17 in float32, and so may be all of a row's weights.
+    return jnp.where(x > 0.0, x + 1.0, jnp.exp(jnp.where(x > 0.0, 0.0, x)))
 
 
 def linear_attention(
@@ -48,11 +50,11 @@ def linear_attention(
 
     Source: Katharopoulos et al. 2020, eq. 5.
     """
-    queries, keys, values = _features(query, key, value, feature_map, key_mask)
+    queries, keys, values, bad = _features(query, key, value, feature_map, key_mask)
     memory = jnp.einsum("BSKF,BSKE->BKFE", keys, values)
     top = jnp.einsum("BTKGF,BKFE->BTKGE", queries, memory)
     bottom = jnp.einsum("BTKGF,BKF->BTKG", queries, keys.sum(axis=1))
-    return _ratio(top, bottom, query)
+    return _ratio(top, bottom, bad.any(axis=1, keepdims=True), query)
 
 
 def causal_linear_attention(
@@ -66,6 +68,8 @@ def causal_linear_attention(
     """The same, but query t sees the keys 0 .. t: T = S.
 
     O(T F E) time and O(T (F + E) + T / CHUNK F E) memory, in reverse, too.
+
+    Source: Katharopoulos et al. 2020, section 3.3. Difference: in chunks.
     """
     if query.shape[1] != key.shape[1]:
         raise ValueError(
@@ -73,12 +77,13 @@ def causal_linear_attention(
             f"{query.shape} and {key.shape}."
         )
     T = query.shape[1]
-    parts = _features(query, key, value, feature_map, key_mask)
+    *parts, bad = _features(query, key, value, feature_map, key_mask)
     size = min(CHUNK, max(T, 1))
 
     def cut(x: Array) -> Array:
         x = jnp.pad(x, ((0, 0), (0, -T % size), *((0, 0),) * (x.ndim - 2)))
-        return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
+        x = x.reshape(x.shape[0], x.shape[1] // size, size, *x.shape[2:])
+        return x.swapaxes(0, 1)
 
     earlier = jnp.tril(jnp.ones((size, size), bool))[None, None, None]
 
@@ -99,9 +104,10 @@ def causal_linear_attention(
     state = _zeros(B, K, F, value.shape[3], parts[1].dtype)
     _, (top, bottom) = jax.lax.scan(step, state, tuple(map(cut, parts)))
     top, bottom = (
-        x.swapaxes(0, 1).reshape(B, -1, *x.shape[3:])[:, :T] for x in (top, bottom)
+        x.swapaxes(0, 1).reshape(B, len(x) * size, *x.shape[3:])[:, :T]
+        for x in (top, bottom)
     )
-    return _ratio(top, bottom, query)
+    return _ratio(top, bottom, jnp.cumsum(bad, axis=1) > 0, query)
 
 
 @jax.tree_util.register_dataclass
@@ -113,8 +119,11 @@ class LinearState:
     norm: Array
 
     @classmethod
-    def zeros(cls, batch: int, heads: int, features: int, size: int) -> "LinearState":
-        memory, norm = _zeros(batch, heads, features, size, jnp.float32)
+    def zeros(
+        cls, batch: int, heads: int, features: int, size: int, dtype=jnp.float32
+    ) -> "LinearState":
+        """Of no past: for `heads` = K, `features` = F and `size` = E; dtype float64 for float64."""
+        memory, norm = _zeros(batch, heads, features, size, dtype)
         return cls(memory=memory, norm=norm)
 
 
@@ -131,12 +140,16 @@ def linear_attention_step(
     Returns:
         (B, 1, N, E), dtype of query; the next state. Time and memory do not grow with the past.
     """
-    q, k, v = _features(query, key, value, feature_map, None)
+    if query.shape[1] != 1 or key.shape[1] != 1:
+        raise ValueError(
+            f"query and key must be of length 1; got {query.shape} and {key.shape}."
+        )
+    q, k, v, bad = _features(query, key, value, feature_map, None)
     memory = state.memory + jnp.einsum("BSKF,BSKE->BKFE", k, v)
-    norm = state.norm + k.sum(axis=1)
+    norm = jnp.where(bad[:, 0, :, None], jnp.nan, state.norm + k.sum(axis=1))
     top = jnp.einsum("BTKGF,BKFE->BTKGE", q, memory)
     bottom = jnp.einsum("BTKGF,BKF->BTKG", q, norm)
-    return _ratio(top, bottom, query), LinearState(memory=memory, norm=norm)
+    return _ratio(top, bottom, bad, query), LinearState(memory=memory, norm=norm)
 
 
 def favor_projection(rng: Array, features: int, size: int) -> Array:
@@ -169,7 +182,7 @@ def favor_features(x: Array, projection: Array, *, shift: Array) -> Array:
         shift: broadcasts to (..., 1): what keeps the exponents small. It cancels in attention if it
             is the same for all keys of a head; a query may have its own.
 
-    Source: Choromanski et al. 2021, lemma 1 (SM+).
+    Source: Choromanski et al. 2021, lemma 1 (SM+). Difference: no factor F ** -0.5, which cancels.
     """
     return jnp.exp(_exponents(x, projection) - shift)
 
@@ -188,25 +201,34 @@ def performer_attention(
     Args:
         query, key, value, key_mask: as for `linear_attention`.
         projection: (F, H), see `favor_projection`; the error falls as F ** -0.5.
-        causal: query t sees keys 0 .. t. All keys are scaled by the largest exponent of their
-            head, those to come included: a constant, which cancels.
+        causal: query t sees keys 0 .. t.
 
-    Source: Choromanski et al. 2021, arXiv 2009.14794.
+    Returns:
+        (B, T, N, E), dtype of query; a row with no key is exactly 0.
+
+    All keys are scaled by the largest exponent of their head, those to come included: a constant,
+    which cancels. Keys whose exponents are all about 87 below it are lost in float32.
+
+    Source: Choromanski et al. 2021, arXiv 2009.14794. Difference: no epsilon is added to the
+    features, as the authors' code does, for which such a constant does not cancel.
     """
-    if projection.ndim != 2 or projection.shape[1] != query.shape[3]:
+    check_arguments(query, key, value, None)
+    if jnp.ndim(projection) != 2 or jnp.shape(projection)[1] != query.shape[3]:
         raise ValueError(
-            f"projection must be (F, {query.shape[3]}); got shape {projection.shape}."
+            f"projection must be (F, {query.shape[3]}); got shape {jnp.shape(projection)}."
         )
     wide = jnp.promote_types(query.dtype, jnp.float32)
-    query32, key32 = (x.astype(wide) * query.shape[3] ** -0.25 for x in (query, key))
-    projection = projection.astype(wide)
-    if key_mask is not None:
-        key32 = jnp.where(key_mask[:, :, None, None], key32, 0.0)
-    tops = [jax.lax.stop_gradient(_exponents(x, projection)) for x in (query32, key32)]
-    shift = tops[0].max(axis=-1, keepdims=True)
-    q = favor_features(query32, projection, shift=shift)
-    shift = tops[1].max(axis=(1, 3), keepdims=True, initial=-jnp.inf)
-    k = favor_features(key32, projection, shift=shift)
+    projection = jnp.asarray(projection, wide)
+    there = _there(key, key_mask)
+    finite = jnp.isfinite(key).all(axis=-1, keepdims=True)
+    keys = jnp.where(there & finite, key, jnp.zeros((), key.dtype))
+    q, k = (x.astype(wide) * query.shape[3] ** -0.25 for x in (query, keys))
+    tops = [jax.lax.stop_gradient(_exponents(x, projection)) for x in (q, k)]
+    # A key that is not there must not set the scale: those that are might all be lost.
+    heads = tops[1].max((1, 3), keepdims=True, where=there & finite, initial=-jnp.inf)
+    q = favor_features(q, projection, shift=tops[0].max(axis=-1, keepdims=True))
+    k = favor_features(k, projection, shift=jnp.where(heads == -jnp.inf, 0.0, heads))
+    k = jnp.where(finite, k, jnp.nan)
     attend = causal_linear_attention if causal else linear_attention
     out = attend(q, k, value.astype(wide), feature_map=lambda x: x, key_mask=key_mask)
     return out.astype(query.dtype)
@@ -217,24 +239,36 @@ def _exponents(x: Array, projection: Array) -> Array:
     return jnp.einsum("...H,FH->...F", x, projection) - half
 
 
+def _there(key, key_mask):
+    """(B, S, 1, 1) bool: the keys that are there."""
+    if key_mask is None:
+        return jnp.ones((*key.shape[:2], 1, 1), bool)
+    if jnp.shape(key_mask) != key.shape[:2]:
+        raise ValueError(
+            f"key_mask must be (B, S) = {key.shape[:2]}; got {jnp.shape(key_mask)}."
+        )
+    if key_mask.dtype != jnp.bool_:
+        raise TypeError(f"key_mask must be bool, True is there; got {key_mask.dtype}.")
+    return jnp.asarray(key_mask)[:, :, None, None]
+
+
 def _features(query, key, value, feature_map, key_mask):
-    """phi of queries (B, T, K, G, F) and keys (B, S, K, F), and values, all float32 at least."""
+    """phi of queries (B, T, K, G, F) and keys (B, S, K, F), and values, all float32 at least.
+
+    Also which keys are there and not finite, (B, S, K) bool. As those that are not there, they have
+    no features: 0 times NaN would be NaN, for rows that do not see them and in gradients.
+    """
     check_arguments(query, key, value, None)
     B, T, N, _ = query.shape
     K = key.shape[2]
     wide = jnp.promote_types(query.dtype, jnp.float32)
-    value = value.astype(wide)
-    if key_mask is not None:
-        if jnp.shape(key_mask) != key.shape[:2]:
-            raise ValueError(
-                f"key_mask must be (B, S) = {key.shape[:2]}; got {jnp.shape(key_mask)}."
-            )
-        there = key_mask[:, :, None, None]
-        key, value = (jnp.where(there, x, jnp.zeros((), x.dtype)) for x in (key, value))
-    queries, keys = (feature_map(x.astype(wide)) for x in (query, key))
-    if key_mask is not None:
-        keys = jnp.where(there, keys, 0.0)
-    return queries.reshape(B, T, K, N // K, -1), keys, value
+    there = _there(key, key_mask)
+    finite = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
+    used = there & finite[..., None]
+    key, value = (jnp.where(used, x.astype(wide), 0.0) for x in (key, value))
+    queries, keys = feature_map(query.astype(wide)), feature_map(key)
+    queries = queries.reshape(B, T, K, N // K, queries.shape[-1])
+    return queries, jnp.where(used, keys, 0.0), value, there[..., 0] & ~finite
 
 
 def _zeros(batch: int, heads: int, features: int, size: int, dtype):
@@ -242,7 +276,11 @@ def _zeros(batch: int, heads: int, features: int, size: int, dtype):
     return jnp.zeros((*shape, size), dtype), jnp.zeros(shape, dtype)
 
 
-def _ratio(top: Array, bottom: Array, query: Array) -> Array:
-    bottom = jnp.where(bottom == 0.0, 1.0, bottom)[..., None]
-    out = top / bottom
-    return out.reshape(*query.shape[:3], -1).astype(query.dtype)
+def _ratio(top: Array, bottom: Array, bad: Array, query: Array) -> Array:
+    """top (B, T, K, G, E) / bottom (B, T, K, G), or 0 where that is; NaN where bad (B, T or 1, K)."""
+    # First by a constant: the slope of 1 / bottom would overflow where bottom is small.
+    size = jax.lax.stop_gradient(jnp.where(bottom == 0.0, 1.0, bottom))
+    bottom = jnp.where(bottom == 0.0, 1.0, bottom / size)
+    out = top / size[..., None] / bottom[..., None]
+    out = jnp.where(bad[..., None, None], jnp.nan, out)
+    return out.reshape(*query.shape[:3], top.shape[-1]).astype(query.dtype)

@@ -8,6 +8,7 @@ import pytest
 from qkv_jax.ops import masks
 from qkv_jax.ops.additive import (
     additive_attention,
+    additive_weights,
     local_attention,
     luong_concat,
     luong_dot,
@@ -69,6 +70,7 @@ families = pytest.mark.parametrize("family", FAMILIES)
 
 
 def oracle(family, rule, query, key, value, *more):
+    (B, T, N, _), S = query.shape, key.shape[1]
     out = np.zeros((B, T, N, E))
     for b, q, h in np.ndindex(B, T, N):
         local = family == "local"
@@ -132,13 +134,66 @@ def test_what_is_masked_may_be_nan(family):
     run, more, _ = FAMILIES[family]
     key, value = KEY.copy(), VALUE.copy()
     key[:, 6], value[:, 6] = np.nan, np.inf
-
-    def loss(*arrays):
-        return jnp.sum(run(*arrays, mask=masks.prefix(6)))
-
-    clean = jax.value_and_grad(loss, range(3))(QUERY, KEY, VALUE, *more)
-    found = jax.value_and_grad(loss, range(3))(QUERY, key, value, *more)
+    run_all = jax.jit(
+        jax.value_and_grad(
+            lambda *arrays: jnp.sum(run(*arrays, mask=masks.prefix(6))),
+            range(3 + len(more)),
+        )
+    )
+    clean = run_all(QUERY, KEY, VALUE, *more)
+    found = run_all(QUERY, key, value, *more)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), found, clean)
+
+
+@families
+def test_a_nan_reaches_just_the_rows_that_may_see_it(family):
+    run, more, _ = FAMILIES[family]
+    key = KEY.copy()
+    key[:, 2, :, 0] = np.nan
+    out = jax.jit(lambda *x: run(*x, mask=masks.causal()))(QUERY, key, VALUE, *more)
+    for b, q in np.ndindex(B, T):
+        sees = q >= 2 and (family != "local" or near(b, q, 2))
+        assert np.isnan(out[b, q]).all() == sees and np.isnan(out[b, q]).any() == sees
+
+
+@pytest.mark.parametrize("T, S", [(37, 3), (1, 1), (3, 0), (0, 3)])
+def test_additive_of_any_length_with_grouped_heads_equals_the_oracle(T, S):
+    query, weight = normal(1, T, 2, C), normal(2, C, seed=3)
+    key, value = normal(1, S, 1, C, seed=1), normal(1, S, 1, E, seed=2)
+    all_heads = (np.repeat(x, 2, axis=2) for x in (key, value))
+    wanted = oracle("additive", lambda b, q, k: True, query, *all_heads, weight)
+    got = additive_attention(query, key, value, weight)
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+def test_weights_are_those_that_values_are_averaged_with():
+    weight, mask = normal(N, C, seed=3), masks.causal(-1)
+    weights = additive_weights(QUERY, KEY[..., :C], weight, mask=mask)
+    out = additive_attention(QUERY, KEY[..., :C], VALUE, weight, mask=mask)
+    averaged = np.einsum("BNTS,BSNE->BTNE", weights, VALUE)
+    np.testing.assert_allclose(averaged, out, atol=1e-5)
+    wanted = np.broadcast_to(np.arange(T) > 0, (B, N, T))
+    np.testing.assert_allclose(weights.sum(-1), wanted, atol=1e-5)
+
+
+def test_without_the_gaussian_local_weights_are_a_plain_softmax():
+    query, key = np.zeros((1, 4, 1, 1), np.float32), np.zeros((1, 4, 1, 1), np.float32)
+    value = np.array([1, 2, 4, 9], np.float32).reshape(1, 4, 1, 1)
+    centres = monotonic_centres(1, 4)
+    out = local_attention(query, key, value, centres, half_width=1, gaussian=False)
+    np.testing.assert_allclose(out[0, :, 0, 0], [1.5, 7 / 3, 5, 6.5], rtol=1e-6)
+
+
+@families
+def test_vmap_equals_a_loop_and_bfloat16_stays(family):
+    run, more, _ = FAMILIES[family]
+    queries = np.stack([QUERY, -QUERY])
+    got = jax.vmap(lambda x: run(x, KEY, VALUE, *more))(queries)
+    half = run(*(jnp.asarray(x, jnp.bfloat16) for x in (QUERY, KEY, VALUE)), *more)
+    wanted = run(QUERY, KEY, VALUE, *more)
+    np.testing.assert_allclose(got[0], wanted, atol=1e-5)
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(np.float32), wanted, atol=0.1)
 
 
 def test_centres_are_those_of_the_paper():
@@ -147,6 +202,8 @@ def test_centres_are_those_of_the_paper():
     wanted = 1 / (1 + np.exp(-np.tanh(query @ matrix) @ weight))
     got = predictive_centres(query, matrix, weight, ints(9, 4))
     np.testing.assert_allclose(got, wanted * [[9], [4]], rtol=1e-5)
+    half = (jnp.asarray(x, jnp.bfloat16) for x in (query, matrix, weight))
+    assert predictive_centres(*half, ints(9, 4)).dtype == jnp.float32
 
 
 def test_long_queries_are_scored_in_blocks():
@@ -170,3 +227,9 @@ def test_bad_arguments_are_named():
         luong_concat(QUERY, KEY, VALUE, np.ones((2, 6, 5)), np.ones((2, 5)))
     with pytest.raises(ValueError, match="half_width must be at least 1; got 0"):
         local_attention(QUERY, KEY[..., :C], VALUE, CENTRES, half_width=0)
+    with pytest.raises(ValueError, match=r"centres must be \(B, T\) = \(2, 5\); got"):
+        local_attention(QUERY, KEY[..., :C], VALUE, CENTRES[0], half_width=2)
+    with pytest.raises(ValueError, match=r"query must be \(batch, length, heads, size"):
+        luong_general(QUERY[0], KEY, VALUE, np.ones((2, 3, 4)))
+    with pytest.raises(ValueError, match="key must have query's 2 heads"):
+        luong_concat(QUERY, KEY[:, :, :1], VALUE, np.ones((2, 7, 5)), np.ones((2, 5)))
