@@ -8,10 +8,13 @@ from qkv_jax.ops.adaptive import entmax as entmax
 from qkv_jax.ops.adaptive import entmax_attention as entmax_attention
 from qkv_jax.ops.adaptive import sparsemax as sparsemax
 from qkv_jax.ops.additive import additive_attention as additive_attention
+from qkv_jax.ops.additive import additive_weights as additive_weights
 from qkv_jax.ops.additive import local_attention as local_attention
 from qkv_jax.ops.additive import luong_concat as luong_concat
 from qkv_jax.ops.additive import luong_dot as luong_dot
 from qkv_jax.ops.additive import luong_general as luong_general
+from qkv_jax.ops.additive import monotonic_centres as monotonic_centres
+from qkv_jax.ops.additive import predictive_centres as predictive_centres
 from qkv_jax.ops.attention import attention_weights as attention_weights
 from qkv_jax.ops.attention import dot_product_attention as dot_product_attention
 from qkv_jax.ops.attention import explain as explain
@@ -23,8 +26,12 @@ from qkv_jax.ops.graph import arc_attention as arc_attention
 from qkv_jax.ops.graph import gat_attention as gat_attention
 from qkv_jax.ops.graph import gatv2_attention as gatv2_attention
 from qkv_jax.ops.kv_caches import cached_attention as cached_attention
+from qkv_jax.ops.linear import LinearState as LinearState
 from qkv_jax.ops.linear import causal_linear_attention as causal_linear_attention
+from qkv_jax.ops.linear import elu_plus_one as elu_plus_one
+from qkv_jax.ops.linear import favor_projection as favor_projection
 from qkv_jax.ops.linear import linear_attention as linear_attention
+from qkv_jax.ops.linear import linear_attention_step as linear_attention_step
 from qkv_jax.ops.linear import performer_attention as performer_attention
 from qkv_jax.ops.masks import Mask as Mask
 from qkv_jax.ops.positions import rope as rope

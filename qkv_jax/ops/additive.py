@@ -53,9 +53,10 @@ def additive_weights(
     The paper's soft alignment, figure 3. Arguments as there.
     """
     check_arguments(query, key, None, None)
-    logits, rule = _additive_logits(query, key, weight), as_mask(mask)
-    logits = jnp.where(_nonfinite_keys(key, query.shape[2]), jnp.nan, logits)
-    allowed = None if rule is None else rule.materialise(logits.shape)
+    (B, T, N, _), S, rule = query.shape, key.shape[1], as_mask(mask)
+    logits = _additive_logits(query, key, weight)
+    logits = jnp.where(_nonfinite_keys(key, N), jnp.nan, logits)
+    allowed = None if rule is None else rule.materialise((B, N, T, S))
     return _normalise(logits, allowed)[0]
 
 
