@@ -3,6 +3,8 @@
 PYTHON ?= python3
 SOURCES := $(wildcard qkv_jax experiments benchmarks tests)
 PYTEST_ARGS ?=
+# Most of a test is XLA compiling, on one core.
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-peers check format clean
@@ -20,10 +22,10 @@ demo: .venv/ready
 	.venv/bin/qkv-jax demo
 
 test: .venv/ready
-	.venv/bin/python -m pytest --ignore=tests/peers $(PYTEST_ARGS)
+	.venv/bin/python -m pytest $(PARALLEL) --ignore=tests/peers $(PYTEST_ARGS)
 
 test-peers: .venv-peers/ready
-	.venv-peers/bin/python -m pytest tests/peers $(PYTEST_ARGS)
+	.venv-peers/bin/python -m pytest $(PARALLEL) tests/peers $(PYTEST_ARGS)
 
 check: .venv/ready
 	.venv/bin/ruff format --check $(SOURCES)

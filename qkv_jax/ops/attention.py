@@ -3,6 +3,7 @@
 Axes and layouts are those of `jax.nn`: query (B, T, N, H), key (B, S, K, H), value (B, S, K, E).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, overload
 
@@ -10,12 +11,18 @@ import jax
 import jax.numpy as jnp
 
 from qkv_jax.ops.blockwise import blockwise_attention
+from qkv_jax.ops.kernels import (
+    cudnn_attention,
+    tokamax_attention,
+    why_not_cudnn,
+    why_not_tokamax,
+)
 from qkv_jax.ops.masks import Mask, as_mask
 from qkv_jax.ops.reference import reference_attention, reference_weights
-from qkv_jax.ops.scores import Score, supported
+from qkv_jax.ops.scores import Score, chain, modifier, supported
 
 Array = jax.Array
-Implementation = Literal["reference", "blockwise"]
+Implementation = Literal["reference", "blockwise", "cudnn", "tokamax"]
 # Up to this many pairs a head, the dense form stands in one block's memory, and is faster.
 DENSE_PAIRS = 256 * 256
 
@@ -28,7 +35,7 @@ def dot_product_attention(
     *,
     mask: Mask | Array | None = None,
     score: Score | None = None,
-    scale: float | None = None,
+    scale: float | Array | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
     implementation: Implementation | None = None,
@@ -44,7 +51,7 @@ def dot_product_attention(
     *,
     mask: Mask | Array | None = None,
     score: Score | None = None,
-    scale: float | None = None,
+    scale: float | Array | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
     implementation: Implementation | None = None,
@@ -59,7 +66,7 @@ def dot_product_attention(
     *,
     mask: Mask | Array | None = None,
     score: Score | None = None,
-    scale: float | None = None,
+    scale: float | Array | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
     implementation: Implementation | None = None,
@@ -74,12 +81,13 @@ def dot_product_attention(
         mask: a `Mask`, or bool that broadcasts to (B, N, T, S) with four axes; True may attend.
             None: all may.
         score: a `Score`, applied to the scaled scores before the mask.
-        scale: multiplies the scores first; default H ** -0.5.
+        scale: multiplies the scores first, a number or () floating; default H ** -0.5.
         dropout_rate: probability that a weight is dropped after the softmax, in [0, 1).
         dropout_rng: a `jax.random` key; needed when dropout_rate > 0. The pattern depends on
             (rng, b, h, q, k) alone.
         implementation: None chooses, see `explain`; "reference" forces the dense definition,
-            "blockwise" O(T + S) memory and skipping of blocks that the mask rules out.
+            "blockwise" O(T + S) memory and skipping of blocks that the mask rules out, "cudnn" and
+            "tokamax" other people's kernels.
         return_residuals: True: the log-sum-exp of the masked scores comes back too.
 
     Returns:
@@ -100,19 +108,24 @@ def dot_product_attention(
         )
     if not 0.0 <= dropout_rate < 1.0:
         raise ValueError(f"dropout_rate must be in [0, 1); got {dropout_rate}.")
-    chosen = _choose(query, key, scale, implementation)
-    run = {"reference": reference_attention, "blockwise": blockwise_attention}
-    out, logsumexp = run[chosen.implementation](
-        query,
-        key,
-        value,
-        mask=supported(as_mask(mask), score),
-        score=score,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
-        dropout_rate=dropout_rate,
-        dropout_rng=dropout_rng,
+    score, scale = static_scale(query, score, scale)
+    mask = supported(as_mask(mask), score)
+    options = {"mask": mask, "score": score, "dropout_rate": dropout_rate}
+    chosen = _choose(
+        query, key, value, implementation, options, return_residuals=return_residuals
+    )
+    out, logsumexp = _RUN[chosen.implementation](
+        query, key, value, scale=scale, dropout_rng=dropout_rng, **options
     )
     return (out, logsumexp) if return_residuals else out
+
+
+_RUN: dict[str, Callable[..., tuple[Array, Any]]] = {
+    "reference": reference_attention,
+    "blockwise": blockwise_attention,
+    "cudnn": cudnn_attention,
+    "tokamax": tokamax_attention,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,23 +152,61 @@ def explain(
     key: Array,
     value: Array,
     *,
-    scale: float | None = None,
+    mask: Mask | Array | None = None,
+    score: Score | None = None,
+    scale: float | Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None,
     implementation: Implementation | None = None,
-    **options: Any,
+    return_residuals: bool = False,
 ) -> Explanation:
     """Which implementation `dot_product_attention` of the same arguments would run, and why.
 
-    Arrays may be `jax.ShapeDtypeStruct`s: nothing is computed.
+    Query, key and value may be `jax.ShapeDtypeStruct`s: nothing is computed.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as `dot_product_attention` would.
     """
-    check_arguments(query, key, value, options.get("score"))
-    return _choose(query, key, scale, implementation)
+    check_arguments(query, key, value, score)
+    score, _ = static_scale(query, score, scale)
+    options = {
+        "mask": supported(as_mask(mask), score),
+        "score": score,
+        "dropout_rate": dropout_rate,
+    }
+    return _choose(
+        query, key, value, implementation, options, return_residuals=return_residuals
+    )
+
+
+def static_scale(
+    query: Array, score: Score | None, scale: Any
+) -> tuple[Score | None, float]:
+    """The rule and the scale as a number; one that is an array becomes the first of the rules."""
+    if scale is None:
+        return score, query.shape[-1] ** -0.5
+    if jnp.ndim(scale):
+        raise ValueError(
+            f"scale must be a number, or (); got shape {jnp.shape(scale)}."
+        )
+    if not isinstance(scale, jax.Array):
+        return score, float(scale)
+    first = modifier(_scaled, scale)
+    return (first if score is None else chain(first, score)), 1.0
+
+
+def _scaled(score, b, h, q, k, scale):
+    return score * scale.astype(score.dtype)
 
 
 def _choose(
-    query: Array, key: Array, scale: Any, forced: Implementation | None
+    query: Array,
+    key: Array,
+    value: Array,
+    forced: Implementation | None,
+    options: dict[str, Any],
+    *,
+    return_residuals: bool,
 ) -> Explanation:
     if forced not in (None, *get_args(Implementation)):
         raise NotImplementedError(
@@ -163,32 +214,38 @@ def _choose(
             f"{', '.join(map(repr, get_args(Implementation)))}."
         )
     T, S = query.shape[1], key.shape[1]
-    traced_scale = isinstance(scale, jax.core.Tracer)
     short = T * S <= DENSE_PAIRS
     pairs = f"{T} x {S} pairs a head, {'at most' if short else 'over'} {DENSE_PAIRS:,}"
-    reasons = {
+    reasons: dict[str, str] = {
         "reference": f"dense, O(T S) memory; chosen for short sequences: {pairs}",
         "blockwise": f"O(T + S) memory, skips blocks; chosen for long sequences: {pairs}",
     }
-    if traced_scale:
-        reasons["blockwise"] = (
-            "cannot take a traced scale: give a Python number, or scale the query"
-        )
-    if forced is not None:
-        if forced == "blockwise" and traced_scale:
-            raise NotImplementedError(f"blockwise {reasons['blockwise']}.")
-        reasons = {
-            name: "asked for by name" if name == forced else f"{forced!r} was asked for"
-            for name in reasons
-        }
-        return Explanation(implementation=forced, reasons=reasons)
-    if not short and traced_scale:
-        raise NotImplementedError(
-            f"no implementation: blockwise {reasons['blockwise']}; or ask for 'reference', "
-            "which is dense."
-        )
     chosen: Implementation = "reference" if short else "blockwise"
-    return Explanation(implementation=chosen, reasons=reasons)
+    accelerated = jax.default_backend() in ("gpu", "tpu")
+    kernels: dict[Implementation, Callable[..., str | None]] = {
+        "tokamax": why_not_tokamax,
+        "cudnn": why_not_cudnn,
+    }
+    for name, why_not in kernels.items():
+        reason = why_not(
+            query, key, value, return_residuals=return_residuals, **options
+        )
+        if reason is not None:
+            reasons[name] = reason
+            if name == forced:
+                raise NotImplementedError(f"{name} {reason}.")
+        elif accelerated and (name == "cudnn" or not short):
+            chosen = name
+            reasons[name] = "can; chosen where there is an accelerator"
+        else:
+            reasons[name] = f"can, but is slower here: {jax.default_backend()}, {pairs}"
+    if forced is not None:
+        chosen = forced
+        reasons[forced] = "asked for by name"
+    names = get_args(Implementation)
+    return Explanation(
+        implementation=chosen, reasons={name: reasons[name] for name in names}
+    )
 
 
 def attention_weights(

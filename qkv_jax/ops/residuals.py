@@ -6,7 +6,7 @@ All in O(T + S) memory: they follow from the log-sum-exp, or from a pass over bl
 import jax
 import jax.numpy as jnp
 
-from qkv_jax.ops.attention import dot_product_attention
+from qkv_jax.ops.attention import dot_product_attention, static_scale
 from qkv_jax.ops.blockwise import largest_scores
 from qkv_jax.ops.masks import Mask, as_mask
 from qkv_jax.ops.scores import Score, supported
@@ -110,10 +110,11 @@ def largest_logit(
     Source: Kimi Team 2025, arXiv 2507.20534, section 2.1 (QK-Clip).
     """
     query, key, score = jax.lax.stop_gradient((query, key, score))
+    score, scale = static_scale(query, score, scale)
     return largest_scores(
         query,
         key,
         mask=supported(as_mask(mask), score),
         score=score,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        scale=scale,
     )

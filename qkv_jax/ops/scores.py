@@ -65,6 +65,18 @@ class Modifier(Score):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
+class SoftCap(Score):
+    value: Array
+
+    def apply(self, score, b, h, q, k):
+        value = jnp.asarray(self.value).astype(score.dtype)
+        if value.ndim:
+            value = value[h]
+        return value * jnp.tanh(score / value)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class Bias(Score):
     array: Array
 
@@ -218,8 +230,18 @@ def chain(*rules: Score) -> Score:
 
 
 def soft_cap(value: float | Array) -> Score:
-    """`value * tanh(score / value)`: scores stay within +-value (Gemma 2, arXiv 2408.00118)."""
-    return modifier(_soft_cap, value)
+    """`value * tanh(score / value)`: scores stay within +-value (Gemma 2, arXiv 2408.00118).
+
+    Args:
+        value: a positive number, or () or (N,) floating, one a query head, differentiable.
+    """
+    if jnp.ndim(value) > 1:
+        raise ValueError(f"value must be () or (N,); got shape {jnp.shape(value)}.")
+    if isinstance(value, (int, float)):
+        # Of numpy, so that within a compiled function it is still known.
+        known: Any = np.asarray(value, jax.dtypes.canonicalize_dtype(float))
+        return SoftCap(value=known)
+    return SoftCap(value=jnp.asarray(value))
 
 
 def bias(array: Array) -> Score:
@@ -340,8 +362,3 @@ def _all(masks: Iterable[Mask | None]) -> Mask | None:
 
 def _alibi(score, b, h, q, k, slopes):
     return score - slopes[h].astype(score.dtype) * jnp.abs(q - k).astype(score.dtype)
-
-
-def _soft_cap(score, b, h, q, k, value):
-    value = value.astype(score.dtype)
-    return value * jnp.tanh(score / value)

@@ -193,6 +193,24 @@ def test_gradients_are_the_same_through_remat_and_scan(implementation):
     )
 
 
+@implementations
+def test_a_scale_may_be_an_array_with_a_gradient(implementation):
+    query, key, value = qkv()
+
+    def loss(scale):
+        score = scores.soft_cap(0.7)
+        options = {"scale": scale, "score": score, "implementation": implementation}
+        return jnp.sum(dot_product_attention(query, key, value, **options) ** 2)
+
+    value_there, slope = jax.jit(jax.value_and_grad(loss))(jnp.float32(0.3))
+    close(value_there, loss(0.3))
+    close(slope, (loss(0.31) - loss(0.29)) / 0.02, "bfloat16")
+    with pytest.raises(
+        ValueError, match=r"scale must be a number, or \(\); got .*\(4,\)"
+    ):
+        loss(jnp.ones(4))
+
+
 def test_reference_has_forward_mode_and_second_order():
     query, key, value = qkv(T=3, S=3)
     mask = masks.causal(-1)
