@@ -29,10 +29,14 @@ CONFIG = TranslationConfig(
         dropout=0.05,
     ),
     optimizer=OptimizerConfig(
-        name="muon", peak_lr=6e-3, warmup_steps=100, schedule="linear", clip_norm=1.0
+        name="muon",
+        peak_lr=6e-3,
+        warmup_steps=100,
+        schedule="linear",
+        clip_norm=1.0,
     ),
     training=TrainingConfig(
-        steps=1000, evaluate_every=500, checkpoint_every=500, keep=2, log_every=25
+        steps=1050, evaluate_every=525, checkpoint_every=525, keep=2, log_every=25
     ),
     decoding=DecodingConfig(beams=6, batch_rows=128),
 )

@@ -66,15 +66,17 @@ def test_weight_decay_spares_vectors():
     np.testing.assert_array_equal(params["scale"], 4.0)
 
 
-@pytest.mark.parametrize("kv_heads", [None, 1])
-def test_muon_orthogonalises_the_layers_matrices_and_nothing_else(kv_heads):
+@pytest.mark.parametrize("kv_heads, each_head", [(None, False), (1, False), (1, True)])
+def test_muon_orthogonalises_the_layers_matrices_and_nothing_else(kv_heads, each_head):
     sizes = {"d_model": 16, "d_ff": 24, "heads": 2, "kv_heads": kv_heads}
     layers = {"encoder_layers": 1, "decoder_layers": 1}
     model = Model(Config(vocabulary=9, **sizes, **layers), rngs=nnx.Rngs(0))
     params = nnx.state(model, nnx.Param)
     rng = np.random.default_rng(0)
     grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), params)
-    config = OptimizerConfig(name="muon", peak_lr=0.5, warmup_steps=1)
+    config = OptimizerConfig(
+        name="muon", peak_lr=0.5, warmup_steps=1, each_head=each_head
+    )
     optimizer = make_optimizer(config, 10)
     updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
     seen = set()
@@ -84,10 +86,14 @@ def test_muon_orthogonalises_the_layers_matrices_and_nothing_else(kv_heads):
         # What a layer writes to the model's width has that as its last axis.
         last = path[-2] in ("out", "down")
         if kernel:
-            matrix = value.reshape((-1, 16) if last else (16, -1)) / 0.5
-            assert np.sqrt((matrix**2).mean()) == pytest.approx(0.2, rel=0.2)
-            singular = np.linalg.svd(matrix, compute_uv=False)
-            assert singular.max() < 4 * singular.min()  # of its gradient: over 10
+            parts = [value]
+            if each_head and value.ndim == 3:
+                parts = np.moveaxis(value, 0 if last else 1, 0)
+            for part in parts:
+                matrix = part.reshape((-1, 16) if last else (16, -1)) / 0.5
+                assert np.sqrt((matrix**2).mean()) == pytest.approx(0.2, rel=0.2)
+                singular = np.linalg.svd(matrix, compute_uv=False)
+                assert singular.max() < 4 * singular.min()  # of its gradient: over 10
         else:  # Adam's first update (with Nesterov's momentum) has one size for all
             assert np.ptp(abs(value)) < 1e-3
         seen.add((kernel, last))
@@ -125,6 +131,7 @@ def test_muon_takes_plain_arrays_of_two_axes_for_matrices():
         ({"weight_decay": 0.1}, "needs name='adamw'"),
         ({"weight_decay": -0.1, "name": "adamw"}, "weight_decay must not be negative"),
         ({"clip_norm": 0.0}, "clip_norm must be positive"),
+        ({"each_head": True}, "each_head needs name='muon'; got 'adam'"),
     ],
 )
 def test_bad_options_are_named(options, message):
