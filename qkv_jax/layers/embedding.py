@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qkv_jax.ops import dropout, sinusoids
+from qkv_jax.ops import dropout, pin, sinusoids
 
 Array = jax.Array
 
@@ -38,8 +38,11 @@ class Embedding(nnx.Module):
         Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.4.
         """
         width = self.table.shape[1]
-        x = self.table[...][tokens] * width**0.5 + sinusoids(positions, width)
-        return dropout(x.astype(self.dtype), self.dropout_rate, rng)
+        # Looked up by rows, so its columns are put together first where they are spread out.
+        table = pin(self.table[...], "vocab", None)
+        x = table[tokens] * width**0.5 + sinusoids(positions, width)
+        x = dropout(x.astype(self.dtype), self.dropout_rate, rng)
+        return pin(x, "batch", "length")
 
     def logits(self, x: Array) -> Array:
         """Scores of every token: x (..., D) times the table's transpose, (..., V)."""

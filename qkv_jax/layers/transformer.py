@@ -9,7 +9,7 @@ from flax import nnx
 
 from qkv_jax.layers.attention import MultiHeadAttention
 from qkv_jax.layers.feed_forward import FeedForward
-from qkv_jax.ops import Ancestry, KVCache, Mask, dropout, split_rng
+from qkv_jax.ops import Ancestry, KVCache, Mask, dropout, pin, split_rng
 
 Array = jax.Array
 NormPlace = Literal["pre", "post"]
@@ -41,8 +41,10 @@ class Residual(nnx.Module):
         self, x: Array, f: Callable[[Array], Array], *, rng: Array | None = None
     ) -> Array:
         if self.place == "pre":
-            return x + dropout(f(self.norm(x)), self.dropout_rate, rng)
-        return self.norm(x + dropout(f(x), self.dropout_rate, rng))
+            x = x + dropout(f(self.norm(x)), self.dropout_rate, rng)
+        else:
+            x = self.norm(x + dropout(f(x), self.dropout_rate, rng))
+        return pin(x, "batch", "length")
 
 
 class EncoderBlock(nnx.Module):

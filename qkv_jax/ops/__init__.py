@@ -18,6 +18,8 @@ from qkv_jax.ops.additive import predictive_centres as predictive_centres
 from qkv_jax.ops.attention import attention_weights as attention_weights
 from qkv_jax.ops.attention import dot_product_attention as dot_product_attention
 from qkv_jax.ops.attention import explain as explain
+from qkv_jax.ops.axes import LOGICAL_AXES as LOGICAL_AXES
+from qkv_jax.ops.axes import pin as pin
 from qkv_jax.ops.cache import Ancestry as Ancestry
 from qkv_jax.ops.cache import KVCache as KVCache
 from qkv_jax.ops.dropout import dropout as dropout

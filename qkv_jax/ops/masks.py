@@ -250,7 +250,14 @@ class Lengths(Mask):
         for name, array in (("query", self.query), ("key", self.key)):
             if array is not None:
                 _expect("lengths", f"{name} (B,)", array.shape, shape[:1])
-        return super().materialise(shape)
+        # Without looking a row up, which would gather the lengths of a batch that is split.
+        _, _, q, k = index_arrays(shape)
+        inside = jnp.ones((1, 1, 1, 1), bool)
+        if self.query is not None:
+            inside = inside & (q < self.query.reshape(-1, 1, 1, 1))
+        if self.key is not None:
+            inside = inside & (k < self.key.reshape(-1, 1, 1, 1))
+        return inside
 
     def fill(self, grid):
         for name, array in (("query", self.query), ("key", self.key)):

@@ -19,13 +19,15 @@ from qkv_jax.training.runs import finish_run as finish_run
 from qkv_jax.training.runs import is_finished as is_finished
 from qkv_jax.training.runs import open_run as open_run
 from qkv_jax.training.runs import read_config as read_config
-from qkv_jax.training.sharding import LOGICAL_AXES as LOGICAL_AXES
 from qkv_jax.training.sharding import MeshConfig as MeshConfig
+from qkv_jax.training.sharding import auto_mesh as auto_mesh
+from qkv_jax.training.sharding import batch_shares as batch_shares
 from qkv_jax.training.sharding import logical_sharding as logical_sharding
 from qkv_jax.training.sharding import make_mesh as make_mesh
 from qkv_jax.training.sharding import place_batch as place_batch
 from qkv_jax.training.sharding import place_state as place_state
 from qkv_jax.training.sharding import replicated as replicated
+from qkv_jax.training.sharding import state_shardings as state_shardings
 from qkv_jax.training.state import TrainState as TrainState
 from qkv_jax.training.state import create_state as create_state
 from qkv_jax.training.step import evaluate_loss as evaluate_loss

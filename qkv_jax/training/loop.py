@@ -13,7 +13,7 @@ from rich.console import Console
 from qkv_jax.training.checkpoint import CheckpointStore
 from qkv_jax.training.metrics import MetricsWriter, ProgressLine, TrainLog, read_metrics
 from qkv_jax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
-from qkv_jax.training.sharding import make_mesh, place_batch
+from qkv_jax.training.sharding import auto_mesh, make_mesh, place_batch
 from qkv_jax.training.state import TrainState, create_state
 from qkv_jax.training.step import LossFn, make_train_step
 
@@ -184,7 +184,7 @@ def train(
     if config.patience is not None and evaluate is None:
         raise ValueError("patience needs evaluate; pass a function, or patience=None.")
     began = time.perf_counter()
-    mesh = mesh or make_mesh()
+    mesh = auto_mesh(mesh or make_mesh())
     step_fn, state = _build(params, loss_fn, optimizer, config, mesh)
     with CheckpointStore(directory, keep=config.keep) as store:
         state, record = _resume(store, state, iterator)

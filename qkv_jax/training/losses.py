@@ -6,6 +6,9 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from qkv_jax.ops import pin
+from qkv_jax.ops.axes import shares
+
 Array = jax.Array
 
 
@@ -42,6 +45,7 @@ def projected_cross_entropy(
     Source: Szegedy et al. 2016, arXiv 1512.00567, eq. 7 (the smoothing; torch's convention);
     gradients within the forward pass: Hsu et al. 2024, arXiv 2410.10989.
     """
+    table = pin(table, "vocab", None)
     parts = (
         _chunk(*part, table, smoothing)[0]
         for part in _split(states, labels, weights, chunks)
@@ -50,20 +54,21 @@ def projected_cross_entropy(
 
 
 def _forward(states, table, labels, weights, smoothing, chunks):
+    # Put together along D: else each device would have a part of every logit's sum.
+    table = pin(table, "vocab", None)
     sums, slopes_states, slopes_table = [], [], []
     for part in _split(states, labels, weights, chunks):
         part_sums, slope = _chunk(*part, table, smoothing)
         sums.append(part_sums)
         slope = slope.astype(states.dtype)
-        slopes_states.append(
-            jnp.einsum("BTV,VD->BTD", slope, table.astype(states.dtype))
-        )
+        slope_part = jnp.einsum("BTV,VD->BTD", slope, table.astype(states.dtype))
+        slopes_states.append(pin(slope_part, "batch", "length"))
         # (D, V), so that the small operand is the one that a backend has to transpose.
-        slopes_table.append(
-            jnp.einsum(
-                "BTD,BTV->DV", part[0], slope, preferred_element_type=jnp.float32
-            )
+        slope_table = jnp.einsum(
+            "BTD,BTV->DV", part[0], slope, preferred_element_type=jnp.float32
         )
+        # Summed over the devices whole: else they would exchange the slopes of the logits.
+        slopes_table.append(pin(slope_table, None, "vocab"))
     slope_states = jnp.concatenate(slopes_states, axis=1)
     slope_table = functools.reduce(jnp.add, slopes_table)
     if states.dtype != jnp.float32:
@@ -112,8 +117,9 @@ def _chunk(states, labels, weights, table, smoothing):
 def _split(
     states: Array, labels: Array, weights: Array, chunks: int
 ) -> Iterator[tuple[Array, Array, Array]]:
-    """Parts along time, so that a sharded batch axis stays whole."""
-    length = labels.shape[1]
+    """Parts along time, so that a sharded batch axis stays whole; one where time is sharded."""
+    length, mesh = labels.shape[1], jax.sharding.get_abstract_mesh()
+    chunks = chunks if mesh.empty or shares(mesh, "length") == 1 else 1
     size = -(-length // max(1, min(chunks, length)))
     for at in range(0, length, size):
         end = min(at + size, length)

@@ -1,60 +1,95 @@
-"""Which mesh axis each array axis is split over, and how arrays get there."""
+"""Meshes of devices, and how states and batches get to their places on them."""
 
 import dataclasses
+import math
+from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-# Logical axis name -> mesh axis, or None for an axis that every device holds whole.
-LOGICAL_AXES: dict[str, str | None] = {
-    "batch": "data",
-    "length": None,
-    "embed": None,
-    "heads": None,
-    "kv_heads": None,
-    "head_dim": None,
-    "ff": None,
-    "vocab": None,
-}
+from qkv_jax.ops.axes import LOGICAL_AXES, MESH_AXES, partition_spec, shares
+
+# Axes of parameters that stay whole where a mesh axis does not divide them.
+OPTIONAL = ("kv_heads", "vocab")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """The shape of the device mesh.
+    """The shape of the device mesh; one of the numbers may be -1: the devices that are left.
 
     Attributes:
-        data: devices the batch is split over; -1: all there are.
+        data: groups of devices with the whole model each, which share out the batch.
+        fsdp: devices that share out both the batch and the parameters' width D.
+        context: devices that share out the length of the sequences.
+        tensor: devices that share out heads, feed-forward width F and vocabulary V.
     """
 
     data: int = -1
+    fsdp: int = 1
+    context: int = 1
+    tensor: int = 1
 
     def __post_init__(self):
-        if self.data < 1 and self.data != -1:
+        sizes = {name: getattr(self, name) for name in MESH_AXES}
+        for name, size in sizes.items():
+            if size < 1 and size != -1:
+                raise ValueError(
+                    f"{name} must be a positive number of devices, or -1; got {size}."
+                )
+        rest = [name for name, size in sizes.items() if size == -1]
+        if len(rest) > 1:
             raise ValueError(
-                f"data must be a positive number of devices, or -1; got {self.data}."
+                f"only one axis can be -1, the devices that are left; got {' and '.join(rest)}."
             )
 
 
-def make_mesh(config: MeshConfig | None = None) -> Mesh:
-    """A mesh with the axis "data" over the devices of all processes.
+def make_mesh(config: MeshConfig | None = None, *, devices: Any = None) -> Mesh:
+    """A mesh with the axes "data", "fsdp", "context" and "tensor".
 
     Axis types are Auto (the partitioner propagates shardings) on every jax version.
 
+    Args:
+        config: its shape; None: "data" over all devices.
+        devices: to take; None: those of all processes.
+
     Raises:
-        ValueError: more devices are asked for than there are.
+        ValueError: the shape does not fit the number of devices.
     """
     config = config or MeshConfig()
-    devices = jax.devices()
-    data = len(devices) if config.data == -1 else config.data
-    if data > len(devices):
-        raise ValueError(
-            f"the mesh asks for {data} devices on its axis 'data'; there are {len(devices)}: "
-            "lower data, or use -1 for all."
-        )
-    return jax.make_mesh(
-        (data,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:data]
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {name: getattr(config, name) for name in MESH_AXES}
+    asked = math.prod(size for size in sizes.values() if size != -1)
+    shown = " x ".join(
+        f"{name} {size}" for name, size in sizes.items() if size not in (1, -1)
     )
+    if asked > len(devices):
+        raise ValueError(
+            f"the mesh asks for {asked} devices ({shown}); there are {len(devices)}: "
+            "make it smaller, or use -1 for one of its axes."
+        )
+    for name, size in sizes.items():
+        if size == -1:
+            if len(devices) % asked:
+                raise ValueError(
+                    f"the mesh's other axes ({shown}) do not divide the {len(devices)} devices, "
+                    f"so nothing whole is left for {name!r}."
+                )
+            sizes[name] = len(devices) // asked
+    count = math.prod(sizes.values())
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        devices=devices[:count],
+    )
+
+
+def auto_mesh(mesh: Mesh) -> Mesh:
+    """The same mesh with all axes Auto: what the trainer works on, whatever it is given."""
+    types = (AxisType.Auto,) * len(mesh.axis_names)
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=types)
 
 
 def logical_sharding(mesh: Mesh, *names: str | None) -> NamedSharding:
@@ -67,30 +102,55 @@ def logical_sharding(mesh: Mesh, *names: str | None) -> NamedSharding:
     Raises:
         ValueError: a name LOGICAL_AXES does not have.
     """
-    for name in names:
-        if name is not None and name not in LOGICAL_AXES:
-            raise ValueError(
-                f"unknown logical axis {name!r}; known: {', '.join(sorted(LOGICAL_AXES))}."
-            )
-    axes = [None if name is None else LOGICAL_AXES[name] for name in names]
-    return NamedSharding(mesh, PartitionSpec(*axes))
+    return NamedSharding(auto_mesh(mesh), partition_spec(mesh, *names))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole: under data parallelism, the state."""
-    return logical_sharding(mesh)
+    """The sharding of what every device holds whole."""
+    return NamedSharding(auto_mesh(mesh), PartitionSpec())
 
 
-def place_state(state, mesh: Mesh):
-    """Puts a pytree of arrays on the mesh, whole on every device."""
-    return jax.device_put(state, replicated(mesh))
+def batch_shares(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return shares(mesh, "batch")
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """Where each array of a pytree lies: parameters, moments and averages by their axes' names.
+
+    Args:
+        state: pytree of arrays or ShapeDtypeStructs; an `nnx.Variable` in it, of a model or of an
+            optimizer, names its axes in its metadata "axes". All else lies whole everywhere, and
+            so do arrays of one axis, which are small, but for those of heads and F.
+        mesh: see make_mesh.
+
+    Returns:
+        The pytree with a NamedSharding for each array.
+
+    Raises:
+        ValueError: the mesh does not divide an axis; the message has both numbers.
+    """
+
+    def of(node: Any) -> Any:
+        if not isinstance(node, nnx.Variable):
+            return replicated(mesh)
+        names = node.get_metadata().get("axes", ())
+        return jax.tree.map(lambda x: _sharding(mesh, names, x.shape), node)
+
+    return jax.tree.map(of, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def place_state(state: Any, mesh: Mesh) -> Any:
+    """Puts a pytree of arrays on the mesh, see state_shardings."""
+    return jax.device_put(state, state_shardings(state, mesh))
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, *, accumulate: int = 1):
-    """Puts a batch on the mesh, its rows split over "data".
+    """Puts a batch on the mesh, its rows split over "data" and "fsdp".
 
     Args:
-        batch: arrays (B, ...), equal B. With several processes: this process's rows.
+        batch: arrays (B, ...), equal B, the same in all processes; each puts just the rows of
+            its own devices there.
         mesh: see make_mesh.
         accumulate: microbatches the step will split the rows into.
 
@@ -101,15 +161,37 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, *, accumulate: int = 1
         ValueError: B does not divide into equal shares.
     """
     sharding = logical_sharding(mesh, "batch")
-    shares = mesh.shape["data"] * accumulate
+    parts = batch_shares(mesh)
     for name, array in batch.items():
-        rows = array.shape[0] * jax.process_count()
-        if rows % shares:
+        if array.shape[0] % (parts * accumulate):
             raise ValueError(
-                f"batch[{name!r}] has {rows} rows, which {mesh.shape['data']} devices times "
-                f"{accumulate} accumulation steps do not divide: use a multiple of {shares} rows."
+                f"batch[{name!r}] has {array.shape[0]} rows, which {parts} groups of devices times "
+                f"{accumulate} accumulation steps do not divide: use a multiple of "
+                f"{parts * accumulate} rows."
             )
-    return {
-        name: jax.make_array_from_process_local_data(sharding, array)
-        for name, array in batch.items()
-    }
+    return {name: _place(array, sharding) for name, array in batch.items()}
+
+
+def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    if jax.process_count() == 1:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda at: array[at])
+
+
+def _sharding(
+    mesh: Mesh, names: tuple[str, ...], shape: tuple[int, ...]
+) -> NamedSharding:
+    if len(names) != len(shape):
+        return replicated(mesh)
+    kept: list[str | None] = []
+    for name, size in zip(names, shape):
+        small = name == "embed" and len(shape) == 1
+        uneven = size % shares(mesh, name) != 0
+        if uneven and not small and name not in OPTIONAL:
+            raise ValueError(
+                f"the mesh splits {name!r} into {shares(mesh, name)} parts, which its size of "
+                f"{size} in the model does not allow: make the mesh's axis "
+                f"{' x '.join(LOGICAL_AXES[name])} a divisor of it."
+            )
+        kept.append(None if small or uneven else name)
+    return logical_sharding(mesh, *kept)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from qkv_jax.training.sharding import replicated
+from qkv_jax.training.sharding import state_shardings
 
 
 @jax.tree_util.register_dataclass
@@ -65,4 +65,5 @@ def create_state(
         )
 
     given = None if callable(params) else params
-    return jax.jit(create, out_shardings=replicated(mesh))(given)
+    places = state_shardings(jax.eval_shape(create, given), mesh)
+    return jax.jit(create, out_shardings=places)(given)

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from qkv_jax.training.sharding import logical_sharding, place_batch, replicated
+from qkv_jax.training.sharding import (
+    auto_mesh,
+    logical_sharding,
+    place_batch,
+    replicated,
+    state_shardings,
+)
 from qkv_jax.training.state import TrainState
 
 # (params, batch, rng) -> (loss_sum, aux): float32 sums over the batch's real target tokens;
@@ -50,10 +56,18 @@ def make_train_step(
         step(state, batch) -> (state, metrics). The given state is donated: use the returned one.
         metrics: () float32 each: "tokens", "grad_norm" before clipping, "learning_rate", and
         loss_fn's sums per token without their suffix ("loss_sum" is reported as "loss").
-        batch: dict of (B, ...), B divisible by accumulate times the mesh's data axis.
+        batch: dict of (B, ...), B divisible by accumulate times the mesh's data and fsdp axes.
     """
 
+    mesh = auto_mesh(mesh)
+
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            new, metrics = update(state, batch)
+        places = state_shardings(new, mesh)
+        return jax.lax.with_sharding_constraint(new, places), metrics
+
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.wrap_key_data(state.rng, impl=rng_impl)
         rng = jax.random.fold_in(rng, state.step)
         grads, sums = _summed_gradient(
@@ -82,20 +96,25 @@ def make_train_step(
         )
         return new, metrics
 
-    whole = replicated(mesh)
     return jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(whole, logical_sharding(mesh, "batch")),
-        out_shardings=(whole, whole),
+        in_shardings=(None, logical_sharding(mesh, "batch")),
+        out_shardings=(None, replicated(mesh)),
     )
 
 
 def make_eval_step(loss_fn: LossFn, *, mesh: Mesh) -> Callable[[Any, Batch], Metrics]:
     """A jitted step(params, batch) -> loss_fn's sums, with rng None: no dropout."""
+    mesh = auto_mesh(mesh)
+
+    def step(params: Any, batch: Batch) -> Metrics:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return loss_fn(params, batch, None)[1]
+
     return jax.jit(
-        lambda params, batch: loss_fn(params, batch, None)[1],
-        in_shardings=(replicated(mesh), logical_sharding(mesh, "batch")),
+        step,
+        in_shardings=(None, logical_sharding(mesh, "batch")),
         out_shardings=replicated(mesh),
     )
 
@@ -112,7 +131,7 @@ def evaluate_loss(
     Args:
         eval_step: see make_eval_step.
         params: on the mesh.
-        batches: dicts of numpy arrays (B, ...), B divisible by the mesh's data axis.
+        batches: dicts of numpy arrays (B, ...), B divisible by the mesh's data and fsdp axes.
         mesh: that of eval_step.
 
     Raises:

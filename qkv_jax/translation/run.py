@@ -1,6 +1,7 @@
 """A whole run: text in, a trained, evaluated model on disk out; and back from disk."""
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -145,7 +146,7 @@ def train_run(
         mesh = training.make_mesh(config.mesh)
     except ValueError as error:
         raise training.RunError(f"mesh: {error}") from error
-    multiple = mesh.shape["data"] * config.training.accumulate
+    multiple = training.batch_shares(mesh) * config.training.accumulate
     prepared = prepare(config, rows_multiple=multiple)
     if config.training.patience is not None and not prepared.corpus.valid:
         raise data.DataError(
@@ -156,12 +157,12 @@ def train_run(
     model = dataclasses.replace(config.model, vocabulary=tokenizer.vocab_size, pad=PAD)
     training.open_run(directory, config.to_json() | {"tokenizer": tokenizer.digest})
     tokenizer.save(directory / TOKENIZER)
-    params = init_params(model, seed=config.training.seed)
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    make_params = functools.partial(init_params, model, seed=config.training.seed)
+    count = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(make_params)))
     for line in [*prepared.report, f"model: {count:,} parameters; run: {directory}"]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     result = training.train(
-        params=params,
+        params=make_params,
         loss_fn=make_loss(model, config.label_smoothing),
         optimizer=config.optimizer,
         config=config.training,
@@ -304,7 +305,7 @@ def _validation(
             valid,
             buckets,
             target_tokens=text.batch_tokens,
-            rows_multiple=mesh.shape["data"],
+            rows_multiple=training.batch_shares(mesh),
         )
         means = training.evaluate_loss(
             eval_step, params, (batch for _, batch in batches), mesh=mesh

@@ -12,7 +12,13 @@ from jax.sharding import Mesh
 from qkv_jax.data import BOS, EOS, PAD, UNK, Tokenizer, encode_sentences, source_batches
 from qkv_jax.decoding import Hypotheses, beam_search
 from qkv_jax.models import seq2seq
-from qkv_jax.training import logical_sharding, make_mesh, place_state
+from qkv_jax.training import (
+    auto_mesh,
+    batch_shares,
+    logical_sharding,
+    make_mesh,
+    place_state,
+)
 from qkv_jax.translation.config import DecodingConfig
 
 EXTRA_LENGTH = 10
@@ -53,7 +59,7 @@ class Translator:
             mesh: devices that share the rows; None: all.
         """
         self.config, self.tokenizer, self.decoding = config, tokenizer, decoding
-        self.mesh = make_mesh() if mesh is None else mesh
+        self.mesh = auto_mesh(make_mesh() if mesh is None else mesh)
         self.params = place_state(params, self.mesh)
         self.graph = model_graph(config)
         self.lengths = _row_lengths(decoding.max_source)
@@ -81,7 +87,7 @@ class Translator:
             encoded,
             self.lengths,
             rows=rows,
-            rows_multiple=self.mesh.shape["data"],
+            rows_multiple=batch_shares(self.mesh),
         )
         for indices, source in batches:
             found = jax.device_get(self.search(source))
@@ -98,7 +104,10 @@ class Translator:
     def search(self, source: np.ndarray) -> Hypotheses:
         """Hypotheses of source tokens (B, S) int32, on the devices."""
         source = jax.device_put(source, logical_sharding(self.mesh, "batch"))
-        return _search(self.params, source, graph=self.graph, decoding=self.decoding)
+        with jax.set_mesh(self.mesh):
+            return _search(
+                self.params, source, graph=self.graph, decoding=self.decoding
+            )
 
     def attention(
         self, source: str, *, layer: str | None = None
@@ -116,7 +125,9 @@ class Translator:
         """
         (ids,) = self.tokenizer.encode([source])
         source_ids = np.array([[*ids, EOS]], np.int32)
-        found = jax.device_get(self.search(np.repeat(source_ids, self.mesh.size, 0)))
+        found = jax.device_get(
+            self.search(np.repeat(source_ids, batch_shares(self.mesh), 0))
+        )
         target_ids = found.tokens[0, 0, : found.lengths[0, 0]]
         model = nnx.merge(self.graph, self.params)
         layer = layer or f"decoder.{self.config.decoder_layers - 1}.cross"

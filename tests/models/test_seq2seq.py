@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from qkv_jax.models.seq2seq import Config, Model, Segments, base, big, small, tiny
+from qkv_jax.ops import LOGICAL_AXES
 from qkv_jax.training import logical_sharding, make_mesh
 from qkv_jax.training.losses import projected_cross_entropy
-from qkv_jax.training.sharding import LOGICAL_AXES
 
 SMALL = {
     "vocabulary": 11,

@@ -1,0 +1,70 @@
+"""The names of array axes, and the one table of which mesh axes each is split over."""
+
+import math
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+Array = jax.Array
+
+# Of a mesh, from the slowest links to the fastest.
+MESH_AXES = ("data", "fsdp", "context", "tensor")
+# Logical axis name -> mesh axes that split it.
+LOGICAL_AXES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "length": ("context",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "ff": ("tensor",),
+    "vocab": ("tensor",),
+}
+
+
+def mesh_axes(mesh: Mesh | AbstractMesh, name: str | None) -> tuple[str, ...]:
+    """The axes of this mesh that split a logical axis; those of size 1 are left out.
+
+    Raises:
+        ValueError: a name that LOGICAL_AXES does not have.
+    """
+    if name is None:
+        return ()
+    if name not in LOGICAL_AXES:
+        raise ValueError(
+            f"unknown logical axis {name!r}; known: {', '.join(sorted(LOGICAL_AXES))}."
+        )
+    return tuple(axis for axis in LOGICAL_AXES[name] if mesh.shape.get(axis, 1) > 1)
+
+
+def shares(mesh: Mesh | AbstractMesh, name: str | None) -> int:
+    """Into how many parts this mesh splits a logical axis."""
+    return math.prod(mesh.shape[axis] for axis in mesh_axes(mesh, name))
+
+
+def partition_spec(mesh: Mesh | AbstractMesh, *names: str | None) -> PartitionSpec:
+    """How an array whose leading axes bear these names lies on the mesh.
+
+    Raises:
+        ValueError: see mesh_axes.
+    """
+    axes = [mesh_axes(mesh, name) for name in names]
+    return PartitionSpec(*(part or None for part in axes))
+
+
+def pin(x: Array, *names: str | None) -> Array:
+    """`x`, told to the partitioner to lie as these names of its axes say.
+
+    Without a mesh around (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`), and on axes that are
+    Explicit or already mapped over, nothing is said; an axis that the mesh does not divide is
+    left whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not mesh.are_all_axes_auto:
+        return x
+    fitting = [
+        name if size % shares(mesh, name) == 0 else None
+        for name, size in zip(names, x.shape)
+    ]
+    spec = partition_spec(mesh, *fitting)
+    return x if not any(spec) else jax.lax.with_sharding_constraint(x, spec)
