@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, translate, plot, demo.
+"""The command line: train, evaluate, translate, plot, plan, demo.
 
 A user's mistake ends in one line on standard error and exit code 2; nothing is lost by it.
 """
@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ USAGE = f"""usage: {PROGRAM} COMMAND ...
   evaluate RUN [OPTIONS]         BLEU and chrF of a run on held-out text
   translate RUN [TEXT ...]       translate arguments, a file, or standard input
   plot RUN [OPTIONS]             draw a run's curves and attention
+  plan FILE [OPTIONS]            memory, traffic and time of a step on a mesh, before it is rented
   demo [OPTIONS]                 train and try a small translator, about 8 minutes on 2 cores
 
 `{PROGRAM} COMMAND --help` lists the options."""
@@ -113,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "evaluate": _evaluate,
         "translate": _translate,
         "plot": _plot,
+        "plan": _plan,
         "demo": _demo,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -143,22 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: list[str]) -> None:
-    if arguments and not arguments[0].startswith("-"):
-        config = _load_experiment(Path(arguments[0]))
-        config = _parse(
-            f"train {arguments[0]}", type(config), arguments[1:], default=config
-        )
-    elif arguments in (["-h"], ["--help"]):
-        print(
-            f"usage: {PROGRAM} train FILE [OPTIONS]\n\n"
-            f"`{PROGRAM} train FILE --help` lists the options of an experiment file, such as\n"
-            "experiments/translation/multi30k.py."
-        )
+    config = _experiment("train", arguments)
+    if config is None:
         return
-    else:
-        raise UsageError(
-            "train needs an experiment file, such as experiments/translation/multi30k.py"
-        )
     from qkv_jax.translation import train_run
     from qkv_jax.translation.demo import in_directory
 
@@ -166,6 +156,54 @@ def _train(arguments: list[str]) -> None:
         config = in_directory(config, Path("runs") / Path(arguments[0]).stem)
     result = train_run(config)
     print(json.dumps(result, indent=2, ensure_ascii=False))
+
+
+def _plan(arguments: list[str]) -> None:
+    as_json = "--json" in arguments
+    config = _experiment("plan", [text for text in arguments if text != "--json"])
+    if config is None:
+        return
+    mesh = config.mesh
+    if -1 in (mesh.data, mesh.fsdp, mesh.context, mesh.tensor):
+        mesh = dataclasses.replace(
+            mesh, **{name: 1 for name, size in vars(mesh).items() if size == -1}
+        )
+        config = dataclasses.replace(config, mesh=mesh)
+    devices = mesh.data * mesh.fsdp * mesh.context * mesh.tensor
+    # Before JAX looks for devices, which it does once.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    flags = os.environ.get("XLA_FLAGS", "")
+    count = f"--xla_force_host_platform_device_count={devices}"
+    os.environ["XLA_FLAGS"] = f"{flags} {count}".strip()
+    from qkv_jax.training.plan import this_machine
+    from qkv_jax.translation.plan import plan_run, show_plan
+
+    plan = plan_run(config)
+    if as_json:
+        print(json.dumps(plan.to_json(), indent=2))
+        return
+    more = [this_machine()] if devices == 1 else []
+    for table in show_plan(plan, *more):
+        Console().print(table)
+
+
+def _experiment(command: str, arguments: list[str]) -> Any | None:
+    """The CONFIG of the file that comes first, with the options after it; None: help was asked."""
+    if arguments and not arguments[0].startswith("-"):
+        config = _load_experiment(Path(arguments[0]))
+        return _parse(
+            f"{command} {arguments[0]}", type(config), arguments[1:], default=config
+        )
+    if arguments in (["-h"], ["--help"]):
+        print(
+            f"usage: {PROGRAM} {command} FILE [OPTIONS]\n\n"
+            f"`{PROGRAM} {command} FILE --help` lists the options of an experiment file, such as\n"
+            "experiments/translation/multi30k.py."
+        )
+        return None
+    raise UsageError(
+        f"{command} needs an experiment file, such as experiments/translation/multi30k.py"
+    )
 
 
 def _demo(arguments: list[str]) -> None:

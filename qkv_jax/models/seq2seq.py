@@ -141,6 +141,28 @@ def big(**changes: Any) -> Config:
     return Config(**(sizes | changes))
 
 
+def train_flops(config: Config, *, rows: int, source: int, target: int) -> float:
+    """Floating-point operations of the matrix products of an update, forward and backward.
+
+    Attention counts all pairs, masked or not.
+
+    Args:
+        config: of the model.
+        rows: B.
+        source, target: S and T, padding included.
+    """
+    D, F, V = config.d_model, config.d_ff, config.vocabulary
+    kv_share = (config.kv_heads or config.heads) / config.heads
+    ends = 2 * D * D  # queries and output, multiply-adds a token
+    keys = 2 * kv_share * D * D
+    feed = (3 if config.gated else 2) * D * F
+    encoder = source * (ends + keys + feed + 2 * source * D)
+    decoder = target * (2 * ends + keys + feed + 2 * (target + source) * D)
+    decoder += source * keys
+    layers = config.encoder_layers * encoder + config.decoder_layers * decoder
+    return 3 * 2.0 * rows * (layers + target * D * V)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Cache:

@@ -60,11 +60,10 @@ def pin(x: Array, *names: str | None) -> Array:
     left whole.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not mesh.are_all_axes_auto:
+    if mesh.empty or mesh.size == 1 or not mesh.are_all_axes_auto:
         return x
     fitting = [
         name if size % shares(mesh, name) == 0 else None
         for name, size in zip(names, x.shape)
     ]
-    spec = partition_spec(mesh, *fitting)
-    return x if not any(spec) else jax.lax.with_sharding_constraint(x, spec)
+    return jax.lax.with_sharding_constraint(x, partition_spec(mesh, *fitting))

@@ -29,6 +29,7 @@ from qkv_jax.training.sharding import place_state as place_state
 from qkv_jax.training.sharding import replicated as replicated
 from qkv_jax.training.sharding import state_shardings as state_shardings
 from qkv_jax.training.state import TrainState as TrainState
+from qkv_jax.training.state import abstract_state as abstract_state
 from qkv_jax.training.state import create_state as create_state
 from qkv_jax.training.step import evaluate_loss as evaluate_loss
 from qkv_jax.training.step import make_eval_step as make_eval_step

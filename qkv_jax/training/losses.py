@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from qkv_jax.ops import pin
-from qkv_jax.ops.axes import shares
 
 Array = jax.Array
 
@@ -35,7 +34,7 @@ def projected_cross_entropy(
         labels: (B, T) int in [0, V).
         weights: (B, T) float32; 0 for padding.
         smoothing: in [0, 1).
-        chunks: the time axis is cut in at most this many parts.
+        chunks: the time axis is cut in at most this many parts; not where a mesh is around.
 
     Returns:
         Weighted sums, float32 scalars: the smoothed loss, the plain negative log-likelihood, and
@@ -117,9 +116,10 @@ def _chunk(states, labels, weights, table, smoothing):
 def _split(
     states: Array, labels: Array, weights: Array, chunks: int
 ) -> Iterator[tuple[Array, Array, Array]]:
-    """Parts along time, so that a sharded batch axis stays whole; one where time is sharded."""
+    """Parts along time; just one on a mesh, where each device has few rows, and each part's slope
+    of the table would be summed over the devices by itself."""
     length, mesh = labels.shape[1], jax.sharding.get_abstract_mesh()
-    chunks = chunks if mesh.empty or shares(mesh, "length") == 1 else 1
+    chunks = chunks if mesh.empty or mesh.size == 1 else 1
     size = -(-length // max(1, min(chunks, length)))
     for at in range(0, length, size):
         end = min(at + size, length)

@@ -42,7 +42,7 @@ def create_state(
     rng_impl: str = "rbg",
     ema: bool = False,
 ) -> TrainState:
-    """The state before the first step, made on the mesh.
+    """The state before the first step, made on the mesh: shapes first, then places, then values.
 
     Args:
         params: pytree of float32 arrays, which is copied; or a function that makes it, run
@@ -52,9 +52,35 @@ def create_state(
         mesh: see make_mesh.
         rng_impl: jax PRNG implementation; "rbg" is cheap on CPU and on accelerators.
         ema: keep a moving average, which starts at params.
-    """
 
-    def create(given):
+    Raises:
+        ValueError: the mesh does not divide the model, see state_shardings.
+    """
+    create = _creator(params, optimizer, seed, rng_impl, ema)
+    given = None if callable(params) else params
+    places = state_shardings(jax.eval_shape(create, given), mesh)
+    return jax.jit(create, out_shardings=places)(given)
+
+
+def abstract_state(
+    params: Callable[[], Any],
+    optimizer: optax.GradientTransformation,
+    *,
+    mesh: Mesh,
+    rng_impl: str = "rbg",
+    ema: bool = False,
+) -> TrainState:
+    """The shapes, dtypes and shardings of what create_state would make; nothing is made."""
+    shapes = jax.eval_shape(_creator(params, optimizer, 0, rng_impl, ema), None)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        shapes,
+        state_shardings(shapes, mesh),
+    )
+
+
+def _creator(params, optimizer, seed: int, rng_impl: str, ema: bool):
+    def create(given: Any) -> TrainState:
         made = params() if callable(params) else given
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -64,6 +90,4 @@ def create_state(
             ema=made if ema else None,
         )
 
-    given = None if callable(params) else params
-    places = state_shardings(jax.eval_shape(create, given), mesh)
-    return jax.jit(create, out_shardings=places)(given)
+    return create

@@ -1,0 +1,70 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from experiments.translation.multi30k import CONFIG
+from qkv_jax.models import seq2seq
+from qkv_jax.training import MeshConfig, RunError
+from qkv_jax.translation.plan import plan_run, show_plan
+from qkv_jax.translation.run import init_params, make_loss
+
+
+def small(**mesh):
+    model = dataclasses.replace(
+        CONFIG.model, d_model=32, d_ff=48, heads=4, encoder_layers=1, decoder_layers=1
+    )
+    text = dataclasses.replace(
+        CONFIG.text, vocabulary=88, batch_tokens=128, max_source=12, max_target=16
+    )
+    return dataclasses.replace(CONFIG, model=model, text=text, mesh=MeshConfig(**mesh))
+
+
+def products(jaxpr):
+    """Floating-point operations of all products in a jaxpr without loops."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            ((contracted, _), _) = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            size = equation.outvars[0].aval.size
+            for axis in contracted:
+                size *= left[axis]
+            total += 2.0 * size
+        for inner in jaxprs_in_params(equation.params):
+            total += products(inner)
+    return total
+
+
+@pytest.mark.parametrize("changes", [{}, {"kv_heads": 1, "gated": True, "heads": 2}])
+def test_flops_are_those_of_the_products(changes):
+    config = dataclasses.replace(seq2seq.tiny(vocabulary=120), d_model=16, **changes)
+    B, S, T = 2, 9, 7
+    batch = {
+        "source": jnp.ones((B, S), jnp.int32),
+        "target": jnp.ones((B, T), jnp.int32),
+    }
+    params = jax.eval_shape(lambda: init_params(config, seed=0))
+    jaxpr = jax.make_jaxpr(
+        lambda p, b: jax.grad(make_loss(config, 0.1), has_aux=True)(p, b, None)
+    )(params, batch)
+    counted = products(jaxpr.jaxpr)
+    formula = seq2seq.train_flops(config, rows=B, source=S, target=T)
+    assert formula == pytest.approx(counted, rel=1e-6)
+
+
+def test_devices_that_share_out_the_model_hold_less_and_send_more():
+    one, many = plan_run(small(data=1)), plan_run(small(data=2, fsdp=2, tensor=2))
+    assert one.devices == 1 and many.devices == 8
+    assert not one.collectives and {"all-gather", "all-reduce"} <= set(many.collectives)
+    assert many.held["parameters"] < 0.3 * one.held["parameters"]
+    assert many.held["optimizer"] < 0.3 * one.held["optimizer"]
+    assert one.flops == many.flops and one.tokens == many.tokens == 128
+    assert [table.title for table in show_plan(many)][1] == "a device sends in a step"
+
+
+def test_a_mesh_that_does_not_fit_is_an_error_with_the_numbers():
+    with pytest.raises(RunError, match="mesh: the mesh splits 'heads' into 8 parts"):
+        plan_run(small(data=1, tensor=8))
