@@ -36,7 +36,7 @@ CONFIG = TranslationConfig(
         clip_norm=1.0,
     ),
     training=TrainingConfig(
-        steps=1050, evaluate_every=525, checkpoint_every=525, keep=2, log_every=25
+        steps=1600, evaluate_every=800, checkpoint_every=800, keep=2, log_every=25
     ),
     decoding=DecodingConfig(beams=6, batch_rows=128),
 )
