@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE, file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
     from qkv_jax.data import DataError
-    from qkv_jax.training import RunError
+    from qkv_jax.training import Interrupted, RunError
 
     try:
         command = commands.get(arguments[0])
@@ -134,6 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UsageError, DataError, RunError) as error:
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except Interrupted as interrupted:
+        print(f"{PROGRAM}: {interrupted}", file=sys.stderr)
+        return 128 + interrupted.signal
     except BrokenPipeError:
         return 141
     except SystemExit as ended:  # --help

@@ -2,10 +2,13 @@
 
 import io
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -464,3 +467,29 @@ def test_the_known_options_are_those_that_help_lists(ask, monkeypatch):
     known = set(cli._options(type(config), config))
     listed = re.findall(r"--[a-z][\w.-]+", "\n".join(ask("train", MULTI30K, "--help")))
     assert known | {"--help"} == set(listed)
+
+
+def test_sigterm_saves_the_step_and_says_how_to_go_on(corpus, tmp_path):
+    file = tmp_path / "tiny.py"
+    file.write_text(
+        TINY_FILE.replace('Path("text")', f"Path({str(corpus)!r})").replace(
+            "steps=1", "steps=100000"
+        )
+    )
+    directory = tmp_path / "run"
+    command = [sys.executable, "-m", "qkv_jax", "train", str(file)]
+    command += ["--run.directory", str(directory), "--training.log-every", "1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    metrics = directory / "metrics.jsonl"
+    while process.poll() is None and not (
+        metrics.exists() and metrics.read_text().count("\n") > 2
+    ):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 143, said
+    (step,) = re.findall(r"interrupted: step (\d+) is saved in .*goes on", said)
+    assert [path.name for path in (directory / "checkpoints").glob("[0-9]*")] == [step]

@@ -4,6 +4,12 @@ from qkv_jax.training.checkpoint import CheckpointStore as CheckpointStore
 from qkv_jax.training.checkpoint import average_params as average_params
 from qkv_jax.training.checkpoint import checkpoint_steps as checkpoint_steps
 from qkv_jax.training.checkpoint import restore_params as restore_params
+from qkv_jax.training.distributed import DistributedConfig as DistributedConfig
+from qkv_jax.training.distributed import check_same as check_same
+from qkv_jax.training.distributed import initialize as initialize
+from qkv_jax.training.distributed import is_first as is_first
+from qkv_jax.training.distributed import on_first as on_first
+from qkv_jax.training.errors import Interrupted as Interrupted
 from qkv_jax.training.errors import RunError as RunError
 from qkv_jax.training.loop import BatchIterator as BatchIterator
 from qkv_jax.training.loop import TrainingConfig as TrainingConfig

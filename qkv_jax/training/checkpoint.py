@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
+from qkv_jax.training.distributed import is_first, on_first
 from qkv_jax.training.errors import RunError
 from qkv_jax.training.state import TrainState
 
@@ -42,9 +43,7 @@ class CheckpointStore:
         self._policy = _KeepLatestAndBest(keep)
         self._saving = 0
         on_commit = ocp.AsyncOptions(
-            post_finalization_callback=lambda: _write_sizes(
-                _step_directory(self.directory, self._saving)
-            )
+            post_finalization_callback=lambda: self._write_sizes()
         )
         self._manager = ocp.CheckpointManager(
             self.directory / FOLDER,
@@ -78,6 +77,10 @@ class CheckpointStore:
         items["progress"] = ocp.args.JsonSave(dict(progress))
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
+    def _write_sizes(self) -> None:
+        if is_first():
+            _write_sizes(_step_directory(self.directory, self._saving))
+
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The latest checkpoint, or None where there is none yet.
 
@@ -108,6 +111,7 @@ class CheckpointStore:
     def wait(self) -> None:
         """Returns when the last checkpoint is complete."""
         self._manager.wait_until_finished()
+        on_first(lambda: None)
 
 
 def checkpoint_steps(directory: str | os.PathLike) -> list[int]:

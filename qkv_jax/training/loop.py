@@ -2,15 +2,18 @@
 
 import dataclasses
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
 from qkv_jax.training.checkpoint import CheckpointStore
+from qkv_jax.training.errors import Interrupted
 from qkv_jax.training.metrics import MetricsWriter, ProgressLine, TrainLog, read_metrics
 from qkv_jax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
 from qkv_jax.training.sharding import auto_mesh, make_mesh, place_batch
@@ -180,6 +183,8 @@ def train(
         ValueError: patience without evaluate; a batch that the mesh does not divide; an iterator
             that ends; an evaluation without config.metric.
         RunError: a loss that is not finite; a checkpoint that is cut short or does not fit.
+        Interrupted: SIGTERM or SIGINT came; the step it was at is saved. A second one ends the
+            process at once.
     """
     if config.patience is not None and evaluate is None:
         raise ValueError("patience needs evaluate; pass a function, or patience=None.")
@@ -191,6 +196,7 @@ def train(
         with (
             MetricsWriter(directory, step=record.step) as writer,
             ProgressLine(config.steps, start=record.step, console=console) as line,
+            _Signals() as signals,
         ):
             if record.step:
                 line.say(f"resuming {directory} at step {record.step}")
@@ -201,6 +207,10 @@ def train(
                 session.after_step(state, metrics, compiled=compiled)
                 for callback in callbacks:
                     callback(record.step, state, metrics)
+                if signals.received and not session.ended:
+                    session.save(state)
+                    store.wait()
+                    raise Interrupted(signals.received, directory, record.step)
             session.finish(step_fn)
     return _result(state, session, step_fn, directory, time.perf_counter() - began)
 
@@ -259,6 +269,35 @@ class _CountedStep:
         return *result, True
 
 
+class _Signals:
+    """Notes SIGTERM and SIGINT while the loop runs, so that it can save and end between steps.
+
+    Of one process in its main thread: several would have to agree on the step, and no other
+    thread can set handlers. There the signals do what they always do.
+    """
+
+    def __init__(self):
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        main = threading.current_thread() is threading.main_thread()
+        if main and jax.process_count() == 1:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        del frame
+        if self.received is not None:
+            os._exit(128 + number)
+        self.received = signal.Signals(number)
+
+
 class _Session:
     """What happens between two steps: metrics, evaluation, checkpoints, the end."""
 
@@ -267,6 +306,7 @@ class _Session:
         self.record, self.evaluate, self.iterator = record, evaluate, iterator
         self.log = TrainLog(writer, line, every=config.log_every)
         self._tokens, self._seconds = record.tokens, record.seconds
+        self._saved = record.step
 
     @property
     def stopped_early(self) -> bool:
@@ -288,7 +328,7 @@ class _Session:
             or improved
             or self.record.step % self.config.checkpoint_every == 0
         ):
-            self._save(state)
+            self.save(state)
 
     def finish(self, step_fn: _CountedStep) -> None:
         self.log.finish()
@@ -325,7 +365,11 @@ class _Session:
         self.line.say(f"step {record.step}  validation  {shown}")
         return _note_evaluation(record, float(values[config.metric]), config.mode)
 
-    def _save(self, state: TrainState) -> None:
+    def save(self, state: TrainState) -> None:
+        """Starts a checkpoint of this step, where there is none yet."""
+        if self._saved == self.record.step:
+            return
+        self._saved = self.record.step
         self.log.flush()
         self.record.tokens = self._tokens + round(self.log.meter.tokens)
         self.record.seconds = self._seconds + self.log.meter.seconds

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from qkv_jax.training.distributed import is_first
 from qkv_jax.training.errors import RunError
 
 METRICS_FILE = "metrics.jsonl"
@@ -25,6 +26,8 @@ class MetricsWriter:
     opens, and so is a last line that a killed process left half written, so that the curves of
     a resumed run have no part twice.
 
+    Of several processes only the first writes.
+
     Args:
         directory: of the run; made where absent.
         step: the step the run goes on from; 0 for a new run.
@@ -32,6 +35,9 @@ class MetricsWriter:
 
     def __init__(self, directory: str | os.PathLike, *, step: int = 0):
         self.directory = Path(directory)
+        self._first = is_first()
+        if not self._first:
+            return
         self.directory.mkdir(parents=True, exist_ok=True)
         _keep_until(self.directory / METRICS_FILE, step)
         self._file = (self.directory / METRICS_FILE).open("a", encoding="utf-8")
@@ -44,11 +50,14 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._events.close()
+        if self._first:
+            self._file.close()
+            self._events.close()
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One row, flushed. A value that is not finite is null in metrics.jsonl."""
+        if not self._first:
+            return
         row = {
             name: value if math.isfinite(value) else None
             for name, value in values.items()

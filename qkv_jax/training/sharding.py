@@ -142,7 +142,7 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
 
 def place_state(state: Any, mesh: Mesh) -> Any:
     """Puts a pytree of arrays on the mesh, see state_shardings."""
-    return jax.device_put(state, state_shardings(state, mesh))
+    return jax.tree.map(_place, state, state_shardings(state, mesh))
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, *, accumulate: int = 1):
@@ -172,10 +172,12 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, *, accumulate: int = 1
     return {name: _place(array, sharding) for name, array in batch.items()}
 
 
-def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    if jax.process_count() == 1:
+def _place(array: Any, sharding: NamedSharding) -> jax.Array:
+    everywhere = isinstance(array, jax.Array) and not array.is_fully_addressable
+    if everywhere or sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
-    return jax.make_array_from_callback(array.shape, sharding, lambda at: array[at])
+    held = np.asarray(array)
+    return jax.make_array_from_callback(held.shape, sharding, lambda at: held[at])
 
 
 def _sharding(

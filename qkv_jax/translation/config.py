@@ -12,6 +12,7 @@ from qkv_jax.data import Filters, HomeAssistantData, HubData, ParallelData
 from qkv_jax.decoding import LengthPenalty, gnmt, power
 from qkv_jax.models import seq2seq
 from qkv_jax.training import (
+    DistributedConfig,
     MeshConfig,
     OptimizerConfig,
     TrainingConfig,
@@ -123,6 +124,7 @@ class TranslationConfig:
             metric "bleu"; 0: none, and the validation loss decides.
         decoding: how the trained model translates.
         run: where the run lies.
+        distributed: how its processes find each other.
     """
 
     data: ParallelData | HomeAssistantData | HubData
@@ -135,6 +137,7 @@ class TranslationConfig:
     validation_sentences: int = 0
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self):
         if self.model.vocabulary:
@@ -164,9 +167,12 @@ class TranslationConfig:
         make_schedule(self.optimizer, self.training.steps)
 
     def to_json(self) -> dict[str, Any]:
-        """What makes the run what it is: all fields but where it lies, in JSON's types."""
-        content = _plain(dataclasses.replace(self, run=RunConfig()))
-        del content["run"]
+        """What makes the run what it is: all fields but where it runs, in JSON's types.
+
+        So a run may be resumed on another mesh and with other processes.
+        """
+        content = _plain(self)
+        del content["run"], content["distributed"], content["mesh"]
         return content
 
     @classmethod

@@ -142,6 +142,9 @@ def train_run(
     began = time.perf_counter()
     console = console or Console(stderr=True)
     directory = Path(config.run.directory or "")
+    training.initialize(config.distributed)
+    if not training.is_first():
+        console = Console(quiet=True)
     try:
         mesh = training.make_mesh(config.mesh)
     except ValueError as error:
@@ -155,10 +158,24 @@ def train_run(
         )
     tokenizer = prepared.tokenizer
     model = dataclasses.replace(config.model, vocabulary=tokenizer.vocab_size, pad=PAD)
-    training.open_run(directory, config.to_json() | {"tokenizer": tokenizer.digest})
-    tokenizer.save(directory / TOKENIZER)
     make_params = functools.partial(init_params, model, seed=config.training.seed)
-    count = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(make_params)))
+    shapes = jax.eval_shape(make_params)
+    try:
+        training.state_shardings(shapes, mesh)
+    except ValueError as error:
+        raise training.RunError(f"mesh: {error}") from error
+    training.check_same("text or tokeniser", tokenizer.digest)
+
+    # A mesh must not change the batches, so that another one may resume the run.
+    rows = [bucket.rows for bucket in prepared.stream.report().buckets]
+    identity = config.to_json() | {"tokenizer": tokenizer.digest, "batch_rows": rows}
+
+    def open_directory() -> None:
+        training.open_run(directory, identity)
+        tokenizer.save(directory / TOKENIZER)
+
+    training.on_first(open_directory)
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     for line in [*prepared.report, f"model: {count:,} parameters; run: {directory}"]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     result = training.train(
@@ -187,14 +204,22 @@ def train_run(
         "compile_seconds": result.compile_seconds,
     }
     translator = load_run(directory, mesh=mesh)
-    draw_run(
-        directory, translator, (prepared.corpus.test or prepared.corpus.train)[:50]
-    )
+    if jax.process_count() > 1:
+        # The others do not draw, so nothing that is drawn may need their devices.
+        drawer = load_run(
+            directory, mesh=training.make_mesh(devices=jax.local_devices())
+        )
+    else:
+        drawer = translator
+    if training.is_first():
+        draw_run(
+            directory, drawer, (prepared.corpus.test or prepared.corpus.train)[:50]
+        )
     if prepared.corpus.test:
         scores, _ = evaluate_run(translator, prepared.corpus.test)
         summary["test"] = scores.to_json()
     summary["seconds"] = time.perf_counter() - began
-    training.finish_run(directory, summary)
+    training.on_first(lambda: training.finish_run(directory, summary))
     return summary
 
 
@@ -248,7 +273,8 @@ def read_run(directory: str | Path) -> TranslationConfig:
         RunError: it is no run of this task.
     """
     content = training.read_config(directory)
-    content.pop("tokenizer", None)
+    for name in ("tokenizer", "batch_rows"):
+        content.pop(name, None)
     try:
         return TranslationConfig.from_json(content)
     except (KeyError, StopIteration, TypeError, ValueError) as error:

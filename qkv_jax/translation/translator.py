@@ -15,10 +15,11 @@ from qkv_jax.models import seq2seq
 from qkv_jax.training import (
     auto_mesh,
     batch_shares,
-    logical_sharding,
     make_mesh,
+    place_batch,
     place_state,
 )
+from qkv_jax.training.distributed import fetch
 from qkv_jax.translation.config import DecodingConfig
 
 EXTRA_LENGTH = 10
@@ -90,7 +91,7 @@ class Translator:
             rows_multiple=batch_shares(self.mesh),
         )
         for indices, source in batches:
-            found = jax.device_get(self.search(source))
+            found = fetch(self.search(source))
             for row, index in enumerate(indices):
                 if index >= 0:
                     results[places[index]] = self._texts(found, row, n_best)
@@ -103,7 +104,7 @@ class Translator:
 
     def search(self, source: np.ndarray) -> Hypotheses:
         """Hypotheses of source tokens (B, S) int32, on the devices."""
-        source = jax.device_put(source, logical_sharding(self.mesh, "batch"))
+        source = place_batch({"source": source}, self.mesh)["source"]
         with jax.set_mesh(self.mesh):
             return _search(
                 self.params, source, graph=self.graph, decoding=self.decoding
@@ -125,9 +126,7 @@ class Translator:
         """
         (ids,) = self.tokenizer.encode([source])
         source_ids = np.array([[*ids, EOS]], np.int32)
-        found = jax.device_get(
-            self.search(np.repeat(source_ids, batch_shares(self.mesh), 0))
-        )
+        found = fetch(self.search(np.repeat(source_ids, batch_shares(self.mesh), 0)))
         target_ids = found.tokens[0, 0, : found.lengths[0, 0]]
         model = nnx.merge(self.graph, self.params)
         layer = layer or f"decoder.{self.config.decoder_layers - 1}.cross"

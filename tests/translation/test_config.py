@@ -53,7 +53,7 @@ def test_json_brings_back_all_but_where_the_run_lies(data):
     config = make_config(data=data)
     content = json.loads(json.dumps(config.to_json()))
     there = TranslationConfig.from_json(content)
-    assert there == dataclasses.replace(config, run=RunConfig())
+    assert there == dataclasses.replace(config, run=RunConfig(), mesh=MeshConfig())
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,6 @@ def test_json_brings_back_all_but_where_the_run_lies(data):
         {"text": TextConfig(vocabulary=78)},
         {"model": seq2seq.tiny()},
         {"label_smoothing": 0.2},
-        {"mesh": MeshConfig()},
         {"validation_sentences": 6},
         {"decoding": DecodingConfig()},
     ],
@@ -113,3 +112,7 @@ def test_fields_that_contradict_each_other_are_refused(change, message):
 def test_a_value_out_of_range_is_refused_by_name(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_another_mesh_may_resume_a_run():
+    assert make_config().to_json() == make_config(mesh=MeshConfig(fsdp=2)).to_json()
