@@ -6,6 +6,7 @@ A user's mistake ends in one line on standard error and exit code 2; nothing is 
 import contextlib
 import dataclasses
 import difflib
+import errno
 import importlib.util
 import io
 import itertools
@@ -24,6 +25,7 @@ PROGRAM = "qkv-jax"
 USAGE = f"""usage: {PROGRAM} COMMAND ...
 
   train FILE [OPTIONS]           train the CONFIG of an experiment file; run again to resume
+                                 (--debug-nans: stop at the operation that makes a NaN)
   evaluate RUN [OPTIONS]         BLEU and chrF of a run on held-out text
   translate RUN [TEXT ...]       translate arguments, a file, or standard input
   plot RUN [OPTIONS]             draw a run's curves and attention
@@ -137,8 +139,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as interrupted:
         print(f"{PROGRAM}: {interrupted}", file=sys.stderr)
         return 128 + interrupted.signal
+    except FloatingPointError as error:  # --debug-nans
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     except BrokenPipeError:
         return 141
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(
+            f"{PROGRAM}: error: no space is left ({error.filename or 'disk full'}): make some; "
+            "complete checkpoints are whole, and the same command goes on from the last",
+            file=sys.stderr,
+        )
+        return 2
     except SystemExit as ended:  # --help
         if ended.code:
             raise
@@ -149,6 +163,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: list[str]) -> None:
+    if "--debug-nans" in arguments:
+        import jax
+
+        jax.config.update("jax_debug_nans", True)
+        arguments = [text for text in arguments if text != "--debug-nans"]
     config = _experiment("train", arguments)
     if config is None:
         return

@@ -23,6 +23,7 @@ from qkv_jax.training.optimizers import make_optimizer as make_optimizer
 from qkv_jax.training.optimizers import make_schedule as make_schedule
 from qkv_jax.training.runs import finish_run as finish_run
 from qkv_jax.training.runs import is_finished as is_finished
+from qkv_jax.training.runs import locked as locked
 from qkv_jax.training.runs import open_run as open_run
 from qkv_jax.training.runs import read_config as read_config
 from qkv_jax.training.sharding import MeshConfig as MeshConfig

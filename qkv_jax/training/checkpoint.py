@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from qkv_jax.training.distributed import is_first, on_first
-from qkv_jax.training.errors import RunError
+from qkv_jax.training.errors import DamagedCheckpoint, RunError
 from qkv_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
@@ -36,12 +36,16 @@ class CheckpointStore:
     Args:
         directory: of the run; made where absent.
         keep: the number of latest checkpoints that stay; the best one always does.
+
+    Attributes:
+        set_aside: new names of damaged checkpoints, and what is wrong with each.
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep: int):
         self.directory = Path(directory).absolute()
         self._policy = _KeepLatestAndBest(keep)
         self._saving = 0
+        self.set_aside: list[str] = []
         on_commit = ocp.AsyncOptions(
             post_finalization_callback=lambda: self._write_sizes()
         )
@@ -75,7 +79,10 @@ class CheckpointStore:
             name: ocp.args.StandardSave(item) for name, item in _items(state).items()
         }
         items["progress"] = ocp.args.JsonSave(dict(progress))
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        except Exception as error:
+            raise self._unwritten(error) from error
 
     def _write_sizes(self) -> None:
         if is_first():
@@ -84,6 +91,8 @@ class CheckpointStore:
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The latest checkpoint, or None where there is none yet.
 
+        One that is damaged is renamed, see `set_aside`, where an earlier one can take its place.
+
         Args:
             like: a state of the same structure, shapes and shardings; its values are not used.
 
@@ -91,12 +100,28 @@ class CheckpointStore:
             (state, progress).
 
         Raises:
-            RunError: it is cut short, or holds other parameters than `like`.
+            RunError: it is damaged and the only one, or holds other parameters than `like`.
         """
         steps = checkpoint_steps(self.directory)
-        if not steps:
-            return None
-        checkpoint = _step_directory(self.directory, steps[-1])
+        for step, earlier in zip(steps[::-1], [True] * len(steps[1:]) + [False]):
+            checkpoint = _step_directory(self.directory, step)
+            try:
+                return self._restore(checkpoint, like)
+            except DamagedCheckpoint as error:
+                if not earlier:
+                    raise
+                self._set_aside(checkpoint, error)
+        return None
+
+    def _set_aside(self, checkpoint: Path, error: DamagedCheckpoint) -> None:
+        place = checkpoint.with_name(f"damaged-{checkpoint.name}")
+        on_first(lambda: os.replace(checkpoint, place))
+        self._manager.reload()
+        self.set_aside.append(f"{place} ({error})")
+
+    def _restore(
+        self, checkpoint: Path, like: TrainState
+    ) -> tuple[TrainState, dict[str, Any]]:
         progress = _read_progress(checkpoint)
         self._policy.best_step = progress.get("best_step")
         items = {
@@ -110,8 +135,19 @@ class CheckpointStore:
 
     def wait(self) -> None:
         """Returns when the last checkpoint is complete."""
-        self._manager.wait_until_finished()
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._unwritten(error) from error
         on_first(lambda: None)
+
+    def _unwritten(self, error: Exception) -> RunError:
+        what = (str(error).splitlines() or [""])[0][:200]
+        return RunError(
+            f"checkpoint {self._saving} of {self.directory} cannot be written "
+            f"({type(error).__name__}: {what}): make space or mend the disk; the checkpoints "
+            "before it are whole, and the same command goes on from them."
+        )
 
 
 def checkpoint_steps(directory: str | os.PathLike) -> list[int]:
@@ -346,11 +382,11 @@ def _check_sizes(checkpoint: Path) -> None:
             raise _cut_short(checkpoint, f"{name} {there}")
 
 
-def _cut_short(checkpoint: Path, cause: Exception | str) -> RunError:
+def _cut_short(checkpoint: Path, cause: Exception | str) -> DamagedCheckpoint:
     what = (str(cause).splitlines() or [""])[0][:120]
     if isinstance(cause, Exception):
         what = f"{type(cause).__name__}: {what}"
-    return RunError(
+    return DamagedCheckpoint(
         f"{checkpoint} is cut short or damaged ({what}): move that directory away, "
         "and the run goes on from the checkpoint before it."
     )

@@ -1,4 +1,4 @@
-"""The error for a user's mistake with a run directory or a checkpoint."""
+"""What ends a run before its time, and the mistakes with run directories and checkpoints."""
 
 
 class RunError(ValueError):
@@ -7,6 +7,14 @@ class RunError(ValueError):
     The message is one line that names the directory and says the way out; the
     command line prints it as it is and exits with code 2.
     """
+
+
+class NotFinite(RunError):
+    """Too many losses or gradients in a row were not finite."""
+
+
+class DamagedCheckpoint(RunError):
+    """A checkpoint is cut short or corrupted."""
 
 
 class Interrupted(Exception):

@@ -6,14 +6,17 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
 from qkv_jax.training.checkpoint import CheckpointStore
-from qkv_jax.training.errors import Interrupted
+from qkv_jax.training.distributed import is_first
+from qkv_jax.training.errors import Interrupted, NotFinite
 from qkv_jax.training.metrics import MetricsWriter, ProgressLine, TrainLog, read_metrics
 from qkv_jax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
 from qkv_jax.training.sharding import auto_mesh, make_mesh, place_batch
@@ -41,6 +44,8 @@ class TrainingConfig:
         patience: evaluations in a row without a new best that end the run; None: never.
         ema_decay: of a moving average of the parameters, which is what is then evaluated; None: none.
         log_every: steps between rows of metrics.
+        max_skipped: updates in a row that are skipped, as their loss or gradient is not finite,
+            before the run ends.
         rng_impl: jax PRNG implementation.
     """
 
@@ -56,11 +61,12 @@ class TrainingConfig:
     patience: int | None = None
     ema_decay: float | None = None
     log_every: int = 50
+    max_skipped: int = 10
     rng_impl: Literal["rbg", "unsafe_rbg", "threefry2x32"] = "rbg"
 
     def __post_init__(self):
         counts = ("steps", "accumulate", "evaluate_every", "checkpoint_every")
-        for name in (*counts, "keep", "average", "log_every"):
+        for name in (*counts, "keep", "average", "log_every", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"{name} must be at least 1; got {getattr(self, name)}."
@@ -182,7 +188,8 @@ def train(
     Raises:
         ValueError: patience without evaluate; a batch that the mesh does not divide; an iterator
             that ends; an evaluation without config.metric.
-        RunError: a loss that is not finite; a checkpoint that is cut short or does not fit.
+        RunError: losses or gradients that are not finite, config.max_skipped in a row; a checkpoint
+            that does not fit, or is damaged and the only one; one that cannot be written.
         Interrupted: SIGTERM or SIGINT came; the step it was at is saved. A second one ends the
             process at once.
     """
@@ -198,13 +205,16 @@ def train(
             ProgressLine(config.steps, start=record.step, console=console) as line,
             _Signals() as signals,
         ):
+            for name in store.set_aside:
+                line.say(f"damaged, and set aside: {name}")
             if record.step:
                 line.say(f"resuming {directory} at step {record.step}")
             session = _Session(config, store, writer, line, record, evaluate, iterator)
             while not session.ended:
-                batch = place_batch(_next(iterator), mesh, accumulate=config.accumulate)
+                rows = _next(iterator)
+                batch = place_batch(rows, mesh, accumulate=config.accumulate)
                 state, metrics, compiled = step_fn(state, batch)
-                session.after_step(state, metrics, compiled=compiled)
+                session.after_step(state, metrics, rows, compiled=compiled)
                 for callback in callbacks:
                     callback(record.step, state, metrics)
                 if signals.received and not session.ended:
@@ -260,7 +270,9 @@ class _CountedStep:
         shapes = tuple(sorted((name, array.shape) for name, array in batch.items()))
         if shapes in self._shapes:
             # Whatever a step still moves between host and device, it would move in each step.
-            with jax.transfer_guard("disallow"):
+            # To find a NaN, JAX runs the step again, an operation at a time.
+            debugged = jax.config.jax_debug_nans
+            with jax.transfer_guard("allow" if debugged else "disallow"):
                 return *self._step(state, batch), False
         began = time.perf_counter()
         result = self._step(state, batch)
@@ -304,9 +316,12 @@ class _Session:
     def __init__(self, config, store, writer, line, record, evaluate, iterator):
         self.config, self.store, self.writer, self.line = config, store, writer, line
         self.record, self.evaluate, self.iterator = record, evaluate, iterator
-        self.log = TrainLog(writer, line, every=config.log_every)
+        self.log = TrainLog(
+            writer, line, every=config.log_every, max_skipped=config.max_skipped
+        )
         self._tokens, self._seconds = record.tokens, record.seconds
         self._saved = record.step
+        self._rows: list[dict[str, np.ndarray]] = []
 
     @property
     def stopped_early(self) -> bool:
@@ -318,10 +333,31 @@ class _Session:
         return self.record.step >= self.config.steps or self.stopped_early
 
     def after_step(
-        self, state: TrainState, metrics: dict[str, jax.Array], *, compiled: bool
+        self,
+        state: TrainState,
+        metrics: dict[str, jax.Array],
+        rows: dict[str, np.ndarray],
+        *,
+        compiled: bool,
     ):
         self.record.step += 1
-        self.log.push(self.record.step, metrics, compiled=compiled)
+        self._rows = [*self._rows[-1:], rows]
+        try:
+            self.log.push(self.record.step, metrics, compiled=compiled)
+            self._save_if_due(state)
+        except NotFinite as error:
+            raise self._keep_rows(error) from None
+
+    def _keep_rows(self, error: NotFinite) -> NotFinite:
+        """Saves the batch of the step that failed: that of the last push, or the one before."""
+        file = Path(self.store.directory) / "not_finite.npz"
+        if is_first():
+            rows = self._rows[-1 if self.log.step == self.record.step else 0]
+            content: dict[str, Any] = {"step": self.log.step, **rows}
+            np.savez(file, **content)
+        return NotFinite(f"{error}. Its batch is in {file}")
+
+    def _save_if_due(self, state: TrainState) -> None:
         improved = self._evaluate_if_due(state)
         if (
             self.ended

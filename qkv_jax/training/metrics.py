@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
 from qkv_jax.training.distributed import is_first
-from qkv_jax.training.errors import RunError
+from qkv_jax.training.errors import NotFinite
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -198,18 +198,27 @@ class ProgressLine:
 class TrainLog:
     """Turns each step's device metrics into rows, without making the devices wait.
 
-    push() fetches the metrics of the step *before* the one it is given, which the devices have
+    Skipped steps count in "train/skipped" and in no mean. push() fetches the metrics of the step *before* the one it is given, which the devices have
     finished or are about to, while the given one runs.
 
     Args:
         writer: gets a row every `every` steps, the mean over their tokens.
         line: shown with each row.
         every: steps.
+        max_skipped: skipped steps in a row that end the run.
     """
 
-    def __init__(self, writer: MetricsWriter, line: ProgressLine, *, every: int):
+    def __init__(
+        self,
+        writer: MetricsWriter,
+        line: ProgressLine,
+        *,
+        every: int,
+        max_skipped: int = 1,
+    ):
         self.meter = RateMeter()
         self._writer, self._line, self._every = writer, line, every
+        self._max_skipped, self._in_a_row, self._skipped = max_skipped, 0, 0
         self._pending: tuple[int, Any] | None = None
         self._step = 0
         self._compiled = False
@@ -220,7 +229,7 @@ class TrainLog:
         """Takes the metrics of `step`, just dispatched; `compiled`: it was compiled first.
 
         Raises:
-            RunError: the loss of the step before is not finite.
+            NotFinite: see flush.
         """
         self._compiled |= compiled
         self.flush()
@@ -230,7 +239,7 @@ class TrainLog:
         """Waits for the step pushed last, and counts it.
 
         Raises:
-            RunError: its loss is not finite.
+            NotFinite: it is the last of max_skipped steps in a row that were skipped.
         """
         if self._pending is None:
             return
@@ -239,21 +248,37 @@ class TrainLog:
         for meter in (self.meter, self._window_rate):
             meter.record(values["tokens"], compiled=self._compiled)
         self._compiled = False
-        if not math.isfinite(values["loss"]):
-            raise RunError(
-                f"{self._writer.directory}: the loss is {values['loss']} at step {step}; the "
-                "checkpoints before it are as they were: train in another --run.directory with a "
-                "lower --optimizer.peak-lr or a --optimizer.clip-norm."
-            )
         self._step = step
-        self._window.append(values)
+        if values.pop("skipped", 0.0):
+            self._skip(step, values)
+        else:
+            self._in_a_row = 0
+            self._window.append(values)
         if step % self._every == 0:
             self._write(step)
+
+    def _skip(self, step: int, values: dict[str, float]) -> None:
+        self._skipped += 1
+        self._in_a_row += 1
+        what = f"loss {values['loss']:.4g}, gradient's norm {values['grad_norm']:.4g}"
+        self._line.say(f"step {step}  skipped: {what}")
+        if self._in_a_row >= self._max_skipped:
+            raise NotFinite(
+                f"{self._writer.directory}: {self._in_a_row} steps in a row (--training.max-skipped) were skipped, up to "
+                f"step {step} ({what}); the checkpoints before them are as they were: train in "
+                "another --run.directory with a lower --optimizer.peak-lr or a "
+                "--optimizer.clip-norm, or find the operation with --debug-nans"
+            )
+
+    @property
+    def step(self) -> int:
+        """The last step that was counted."""
+        return self._step
 
     def finish(self) -> None:
         """Writes what is left of the last window."""
         self.flush()
-        if self._window:
+        if self._window or self._skipped:
             self._write(self._step)
 
     def restart(self) -> None:
@@ -262,14 +287,15 @@ class TrainLog:
             meter.restart()
 
     def _write(self, step: int) -> None:
-        row = _window_mean(self._window)
+        row = _window_mean(self._window) if self._window else {}
+        row["skipped"], self._skipped = float(self._skipped), 0
         rate = self._window_rate.rate
         self._writer.write(
             step,
             {f"train/{name}": x for name, x in row.items()}
             | {"train/tokens_per_second": rate},
         )
-        self._line.update(step, loss=row["loss"], rate=rate)
+        self._line.update(step, loss=row.get("loss", math.nan), rate=rate)
         self._window, self._window_rate = [], RateMeter()
 
 

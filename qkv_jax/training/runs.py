@@ -1,8 +1,9 @@
 """The run directory: what makes a new one, what may be resumed, what is left alone."""
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from qkv_jax.training.errors import RunError
 
 CONFIG_FILE = "config.json"
 RESULT_FILE = "result.json"
+LOCK_FILE = ".lock"
 _SHOWN_DIFFERENCES = 4
 
 
@@ -50,6 +52,33 @@ def open_run(
             f"`qkv-jax translate {directory}`, or choose another --run.directory to train again."
         )
     return "resume"
+
+
+@contextlib.contextmanager
+def locked(directory: str | os.PathLike) -> Iterator[None]:
+    """Keeps other processes out of a run; the system ends the lock with the process.
+
+    Where the file system has no locks, nothing is kept out.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows.
+        yield
+        return
+    with (Path(directory) / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"{directory} is in use by another process: wait for it to end, or choose "
+                "another --run.directory."
+            ) from None
+        except OSError:
+            pass
+        yield
 
 
 def finish_run(directory: str | os.PathLike, result: Mapping[str, Any]) -> None:

@@ -40,6 +40,7 @@ def make_train_step(
 
     The gradient is that of (sum of losses over all rows, microbatches and devices) / (number of
     real tokens in them), whatever the rows' lengths. Cost of accumulation: one gradient more.
+    Where it or the loss is not finite, the update is skipped: all but the step number stays.
 
     Args:
         loss_fn: see LossFn.
@@ -54,7 +55,8 @@ def make_train_step(
 
     Returns:
         step(state, batch) -> (state, metrics). The given state is donated: use the returned one.
-        metrics: () float32 each: "tokens", "grad_norm" before clipping, "learning_rate", and
+        metrics: () float32 each: "tokens", "grad_norm" before clipping, "learning_rate",
+        "skipped" (1 or 0), and
         loss_fn's sums per token without their suffix ("loss_sum" is reported as "loss").
         batch: dict of (B, ...), B divisible by accumulate times the mesh's data and fsdp axes.
     """
@@ -86,6 +88,15 @@ def make_train_step(
             None
             if ema_decay is None
             else _average(state.ema, params, state.step, ema_decay)
+        )
+        finite = jnp.isfinite(sums["loss_sum"]) & jnp.isfinite(metrics["grad_norm"])
+        metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
+        made, kept = (
+            (params, opt_state, ema),
+            (state.params, state.opt_state, state.ema),
+        )
+        params, opt_state, ema = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), made, kept
         )
         new = TrainState(
             step=state.step + 1,

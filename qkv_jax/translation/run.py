@@ -1,5 +1,6 @@
 """A whole run: text in, a trained, evaluated model on disk out; and back from disk."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -137,8 +138,17 @@ def train_run(
 
     Raises:
         DataError: the text cannot be used.
-        RunError: the directory is another run's, a finished one, or damaged.
+        RunError: the directory is another run's, a finished one, in use, or damaged.
     """
+    with contextlib.ExitStack() as held:
+        return _train_run(config, console, held)
+
+
+def _train_run(
+    config: TranslationConfig,
+    console: Console | None,
+    held: contextlib.ExitStack,
+) -> dict[str, Any]:
     began = time.perf_counter()
     console = console or Console(stderr=True)
     directory = Path(config.run.directory or "")
@@ -172,6 +182,7 @@ def train_run(
 
     def open_directory() -> None:
         training.open_run(directory, identity)
+        held.enter_context(training.locked(directory))
         tokenizer.save(directory / TOKENIZER)
 
     training.on_first(open_directory)

@@ -1,3 +1,5 @@
+import errno
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,3 +164,30 @@ def test_another_model_or_optimizer_is_named(tmp_path):
 def test_no_checkpoint_is_an_error(tmp_path):
     with pytest.raises(RunError, match="holds no checkpoint"):
         restore_params(tmp_path, toy.params())
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_for_the_one_before(tmp_path):
+    save(tmp_path, [1.0, 0.5])
+    parts = (tmp_path / "checkpoints" / "2" / "params").rglob("*")
+    largest = max(parts, key=lambda path: path.stat().st_size * path.is_file())
+    largest.write_bytes(largest.read_bytes()[:-1])
+    with CheckpointStore(tmp_path, keep=2) as store:
+        state, progress = store.restore(make_state())
+        assert "damaged-2" in store.set_aside[0] and largest.name in store.set_aside[0]
+        assert checkpoint_steps(tmp_path) == [1]
+        store.save(2, state, progress)
+    assert checkpoint_steps(tmp_path) == [1, 2]
+    assert (tmp_path / "checkpoints" / "damaged-2").is_dir()
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, monkeypatch):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save(tmp_path, [1.0])
+    before = files(tmp_path)
+    with CheckpointStore(tmp_path, keep=1) as store, monkeypatch.context() as patch:
+        patch.setattr(store._manager, "wait_until_finished", full)
+        with pytest.raises(RunError, match="cannot be written .*No space left"):
+            store.wait()
+    assert files(tmp_path) == before

@@ -4,7 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from qkv_jax.training import (
@@ -153,22 +155,38 @@ def test_evaluation_sees_the_moving_average(tmp_path):
     assert not jnp.array_equal(seen[-1], result.state.params["embed"])
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path):
-    steps = itertools.count(1)
+def poisoned(steps):
+    """A loss function and an iterator; the loss of these steps is NaN."""
+    numbers = itertools.count(1)
 
     class Poisoned(toy.Batches):
         def __next__(self):
             batch = super().__next__()
-            return batch | {"scale": jnp.full(16, jnp.nan if next(steps) == 3 else 1.0)}
+            return batch | {
+                "scale": np.full(16, np.nan if next(numbers) in steps else 1.0)
+            }
 
     def loss_fn(params, batch, rng):
         loss, sums = toy.loss_fn(params, batch, rng)
         loss = loss * batch["scale"][0]
         return loss, sums | {"loss_sum": loss}
 
-    with pytest.raises(RunError, match="the loss is nan at step 3"):
-        toy.run(tmp_path, loss_fn=loss_fn, iterator=Poisoned())
-    assert checkpoint_steps(tmp_path) == [1, 2]
+    return {"loss_fn": loss_fn, "iterator": Poisoned()}
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path):
+    result = toy.run(tmp_path, steps=4, **poisoned([3]))
+    assert sum(row.get("train/skipped", 0) for row in result.history) == 1
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(result.state.params))
+    assert int(result.state.step) == 4
+
+
+def test_many_in_a_row_end_the_run_and_keep_the_batch(tmp_path):
+    with pytest.raises(RunError, match="10 steps in a row .* up to step 12"):
+        toy.run(tmp_path, steps=20, **poisoned(range(3, 20)))
+    with np.load(tmp_path / "not_finite.npz") as kept:
+        assert kept["step"] == 12 and np.isnan(kept["scale"]).all()
+    assert max(checkpoint_steps(tmp_path)) < 12
 
 
 def test_callbacks_see_every_step(tmp_path):

@@ -2,6 +2,7 @@ import io
 import json
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -66,8 +67,11 @@ def test_log_averages_windows_by_tokens_one_step_late(tmp_path):
 def test_a_loss_that_is_not_finite_names_run_and_step(tmp_path):
     with MetricsWriter(tmp_path) as writer, quiet(4) as line:
         log = TrainLog(writer, line, every=1)
-        log.push(1, device(float("nan"), 1), compiled=False)
-        with pytest.raises(RunError, match=f"{tmp_path}: the loss is nan at step 1"):
+        bad = {"skipped": np.float32(1), "grad_norm": np.float32(2)}
+        log.push(1, device(float("nan"), 1) | bad, compiled=False)
+        with pytest.raises(
+            RunError, match=f"{tmp_path}: 1 steps in a row .*up to step 1 .loss nan"
+        ):
             log.flush()
 
 

@@ -2,7 +2,14 @@ import json
 
 import pytest
 
-from qkv_jax.training import RunError, finish_run, is_finished, open_run, read_config
+from qkv_jax.training import (
+    RunError,
+    finish_run,
+    is_finished,
+    locked,
+    open_run,
+    read_config,
+)
 
 CONFIG = {"training": {"steps": 100, "seed": 0}, "model": {"width": 64}}
 
@@ -73,3 +80,12 @@ def test_an_unreadable_config_is_an_error(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(RunError, match="cannot be read"):
         open_run(tmp_path, CONFIG)
+
+
+def test_a_run_in_use_is_refused_until_it_is_left(tmp_path):
+    with locked(tmp_path):
+        second = locked(tmp_path)
+        with pytest.raises(RunError, match="in use by another process"), second:
+            pass
+    with locked(tmp_path):
+        pass

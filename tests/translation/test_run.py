@@ -34,7 +34,9 @@ def test_a_run_leaves_all_it_promises(finished):
     names = {path.name for path in finished.iterdir()}
     events = {name for name in names if name.startswith("events.")}
     files = {"config.json", "metrics.jsonl", "curves.png", "attention.png"}
-    assert names == files | {"tokenizer", "checkpoints", "result.json"} | events
+    assert (
+        names == files | {"tokenizer", "checkpoints", "result.json", ".lock"} | events
+    )
     assert events
     for name in ("curves.png", "attention.png"):
         assert (finished / name).read_bytes().startswith(PNG)
