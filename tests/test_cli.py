@@ -493,3 +493,24 @@ def test_sigterm_saves_the_step_and_says_how_to_go_on(corpus, tmp_path):
     assert process.returncode == 143, said
     (step,) = re.findall(r"interrupted: step (\d+) is saved in .*goes on", said)
     assert [path.name for path in (directory / "checkpoints").glob("[0-9]*")] == [step]
+
+
+def test_debug_nans_names_the_operation_in_one_line(corpus, tmp_path):
+    file = tmp_path / "tiny.py"
+    file.write_text(
+        TINY_FILE.replace('Path("text")', f"Path({str(corpus)!r})").replace(
+            "steps=1", "steps=5"
+        )
+    )
+    command = [sys.executable, "-m", "qkv_jax", "train", str(file), "--debug-nans"]
+    command += ["--run.directory", str(tmp_path / "run"), "--optimizer.peak-lr", "1e36"]
+    ended = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert re.search(r"error: invalid value \(nan\) .* in \w+$", ended.stderr.strip())
