@@ -271,7 +271,7 @@ class _CountedStep:
         if shapes in self._shapes:
             # Whatever a step still moves between host and device, it would move in each step.
             # To find a NaN, JAX runs the step again, an operation at a time.
-            debugged = jax.config.jax_debug_nans
+            debugged = jax.config.values["jax_debug_nans"]
             with jax.transfer_guard("allow" if debugged else "disallow"):
                 return *self._step(state, batch), False
         began = time.perf_counter()
