@@ -102,12 +102,7 @@ def dot_product_attention(
     arXiv 2305.13245.
     """
     check_arguments(query, key, value, score)
-    if dropout_rate > 0.0 and dropout_rng is None:
-        raise ValueError(
-            "dropout_rng must be a jax.random key when dropout_rate > 0; got None."
-        )
-    if not 0.0 <= dropout_rate < 1.0:
-        raise ValueError(f"dropout_rate must be in [0, 1); got {dropout_rate}.")
+    check_dropout(dropout_rate, dropout_rng)
     score, scale = static_scale(query, score, scale)
     mask = supported(as_mask(mask), score)
     options = {"mask": mask, "score": score, "dropout_rate": dropout_rate}
@@ -265,6 +260,16 @@ def attention_weights(
     return reference_weights(
         query, key, mask=supported(as_mask(mask), score), score=score, scale=scale
     )
+
+
+def check_dropout(rate: float, rng: Array | None) -> None:
+    """Raises what `dot_product_attention` raises for a dropout that does not go."""
+    if rate > 0.0 and rng is None:
+        raise ValueError(
+            "dropout_rng must be a jax.random key when dropout_rate > 0; got None."
+        )
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"dropout_rate must be in [0, 1); got {rate}.")
 
 
 def check_arguments(

@@ -1,8 +1,10 @@
 """The names of array axes, and the one table of which mesh axes each is split over."""
 
 import math
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 Array = jax.Array
@@ -67,3 +69,29 @@ def pin(x: Array, *names: str | None) -> Array:
         for name, size in zip(names, x.shape)
     ]
     return jax.lax.with_sharding_constraint(x, partition_spec(mesh, *fitting))
+
+
+def vary(tree: Any, like: Any, *more: str) -> Any:
+    """`tree`, its arrays known to `jax.shard_map` to vary over what any array of `like` varies over.
+
+    Outside of a shard_map, and in one with check_vma=False, nothing is done.
+
+    Args:
+        tree: pytree of arrays.
+        like: pytree of arrays.
+        *more: mesh axes that it shall vary over besides.
+    """
+
+    wanted = frozenset(more).union(*map(_varying, jax.tree.leaves(like)))
+
+    def cast(x: Any) -> Any:
+        missing = tuple(sorted(wanted - _varying(x)))
+        return jax.lax.pcast(jnp.asarray(x), missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree) if wanted else tree
+
+
+def _varying(x: Any) -> frozenset[str]:
+    """The mesh axes that an array is known to vary over; jax before 0.10 says `vma`."""
+    kind = jax.typeof(x)
+    return frozenset(kind.mat.varying if hasattr(kind, "mat") else kind.vma)

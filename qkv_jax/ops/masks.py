@@ -27,16 +27,21 @@ class Blocks:
     Attributes:
         shape: (B, N, T, S), T and S before they are filled up to whole blocks.
         size: (queries, keys) in a block.
-        count: blocks along T and S.
+        count: blocks along T and S; more than hold them where devices get equal numbers of blocks.
         b, h: row and head indices, (B, 1, 1, 1) and (1, N, 1, 1).
         q, k: first query and key of each block, (1, 1, count, 1) and (1, 1, 1, count).
         q_last, k_last: the last ones.
     """
 
-    def __init__(self, shape: tuple[int, int, int, int], size: tuple[int, int]):
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],
+        size: tuple[int, int],
+        count: tuple[int, int] | None = None,
+    ):
         B, N, T, S = self.shape = shape
         self.size = size
-        self.count = -(-T // size[0]), -(-S // size[1])
+        self.count = count or (-(-T // size[0]), -(-S // size[1]))
         self.b = np.arange(B, dtype=np.int32).reshape(-1, 1, 1, 1)
         self.h = np.arange(N, dtype=np.int32).reshape(1, -1, 1, 1)
         self.q = (np.arange(self.count[0], dtype=np.int32) * size[0])[
@@ -298,8 +303,8 @@ class Segments(Mask):
 
     def blocks(self, grid):
         # By the least and the largest number in a block: exact where numbers never decrease.
-        low_q, high_q = _extremes(self.query, grid.size[0])
-        low_k, high_k = _extremes(self.key, grid.size[1])
+        low_q, high_q = _extremes(self.query, grid.size[0], grid.count[0])
+        low_k, high_k = _extremes(self.key, grid.size[1], grid.count[1])
         low_q, high_q = low_q[:, None, :, None], high_q[:, None, :, None]
         low_k, high_k = low_k[:, None, None], high_k[:, None, None]
         some = (low_q <= high_k) & (low_k <= high_q)
@@ -438,9 +443,9 @@ def filled(array: Array, grid: Blocks) -> Array:
     return jnp.pad(array, ((0, 0), (0, 0), (0, missing[0]), (0, missing[1])))
 
 
-def _extremes(ids: Array, size: int) -> tuple[Array, Array]:
-    """The least and the largest number in each block of (B, length): (B, blocks) each."""
-    missing = -ids.shape[1] % size
+def _extremes(ids: Array, size: int, count: int) -> tuple[Array, Array]:
+    """The least and the largest number in each block of (B, length): (B, count) each."""
+    missing = count * size - ids.shape[1]
     ids = jnp.pad(ids, ((0, 0), (0, missing)), mode="edge")
     ids = ids.reshape(ids.shape[0], -1, size)
     return ids.min(2), ids.max(2)

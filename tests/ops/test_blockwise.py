@@ -6,7 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qkv_jax.ops import blockwise, dot_product_attention, explain, masks, scores
+from qkv_jax.ops import (
+    block_loops,
+    blockwise,
+    dot_product_attention,
+    explain,
+    masks,
+    scores,
+)
 from qkv_jax.ops.masks import Blocks
 from tests.ops.cases import CASES, Case, ints
 from tests.ops.test_attention import close, expected, normal, pulled, qkv
@@ -122,11 +129,11 @@ def test_what_a_mask_says_of_blocks_is_true_of_their_pairs(mask):
 
 def looked_at(mask, shape, size):
     """Blocks looked at, and how many of them with the mask, over all rows and heads."""
-    plan = blockwise._Plan(shape, size, 1.0, 0.0)
-    B, _, _, S = shape
-    lists = blockwise._lists(
-        mask.fill(plan.grid), plan, *2 * (jnp.zeros((B, 1, 1, S, 1)),)
-    )
+    plan = block_loops.Plan(shape, size, 1.0, 0.0)
+    arrays = (jnp.zeros((shape[0], n, 1, 1)) for n in (shape[2], shape[3], shape[3]))
+    inputs = blockwise.filled(*arrays, mask, None, None, plan)
+    ranks = block_loops.block_ranks(inputs, plan)
+    lists = block_loops._lists(ranks, *inputs[:3])
     full, some, _ = (
         np.broadcast_to(x, (*shape[:2], plan.grid.count[0])).sum() for x in lists.ends
     )
