@@ -6,11 +6,13 @@ from flax import nnx
 
 from qkv_jax.ops import (
     Ancestry,
+    ContextMethod,
     KVCache,
     Mask,
     Score,
     attention_weights,
     dot_product_attention,
+    mesh_attention,
 )
 
 Array = jax.Array
@@ -30,6 +32,7 @@ class MultiHeadAttention(nnx.Module):
         *,
         kv_heads: int | None = None,
         dropout_rate: float = 0.0,
+        context: ContextMethod = "ring",
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -40,6 +43,8 @@ class MultiHeadAttention(nnx.Module):
             heads: N, divides D; each head has size H = D // N.
             kv_heads: K, divides N (grouped queries); default N.
             dropout_rate: on the attention weights.
+            context: how the lengths of whole sequences are shared out, on a mesh whose axis
+                "context" is larger than 1; see `context_parallel_attention`.
             dtype: of the computation; parameters are float32.
             rngs: stream "params" draws the parameters (Glorot uniform).
         """
@@ -76,6 +81,7 @@ class MultiHeadAttention(nnx.Module):
             rngs=rngs,
         )
         self.dropout_rate = dropout_rate
+        self.context: ContextMethod = context
         self.record = False
 
     def __call__(
@@ -96,37 +102,38 @@ class MultiHeadAttention(nnx.Module):
             score: a rule on the scores.
             rng: draws the weights' dropout; None: no dropout.
         """
-        return self.attend(
-            x, self.remember(x if memory is None else memory), mask, score, rng
+        query, there = self.query(x), self.remember(x if memory is None else memory)
+        self._record(query, there, mask, score)
+        heads = mesh_attention(
+            query,
+            there.key,
+            there.value,
+            mask=mask,
+            score=score,
+            dropout_rate=0.0 if rng is None else self.dropout_rate,
+            dropout_rng=rng,
+            method=self.context,
         )
+        return self.out(heads)
 
     def remember(self, memory: Array) -> KVCache:
         """Keys and values of memory (B, S, D), to attend to many times."""
         return KVCache(key=self.key(memory), value=self.value(memory))
 
-    def attend(
-        self,
-        x: Array,
-        remembered: KVCache,
-        mask: Mask | None = None,
-        score: Score | None = None,
-        rng: Array | None = None,
-    ) -> Array:
-        """Attends from x (B, T, D) to keys and values at hand: (B, T, D)."""
+    def attend(self, x: Array, remembered: KVCache, mask: Mask | None = None) -> Array:
+        """Attends from a few x (B, T, D) to keys and values at hand: (B, T, D)."""
         query = self.query(x)
-        if self.record:
-            weights = attention_weights(query, remembered.key, mask=mask, score=score)
-            self.weights = nnx.Intermediate(weights)
-        heads = dot_product_attention(
-            query,
-            remembered.key,
-            remembered.value,
-            mask=mask,
-            score=score,
-            dropout_rate=0.0 if rng is None else self.dropout_rate,
-            dropout_rng=rng,
+        self._record(query, remembered, mask, None)
+        return self.out(
+            dot_product_attention(query, remembered.key, remembered.value, mask=mask)
         )
-        return self.out(heads)
+
+    def _record(
+        self, query: Array, there: KVCache, mask: Mask | None, score: Score | None
+    ) -> None:
+        if self.record:
+            weights = attention_weights(query, there.key, mask=mask, score=score)
+            self.weights = nnx.Intermediate(weights)
 
     def step(
         self, x: Array, cache: KVCache, ancestry: Ancestry

@@ -1,6 +1,6 @@
 """The encoder-decoder Transformer of Vaswani et al. 2017 (arXiv 1706.03762)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -17,7 +17,14 @@ from qkv_jax.layers import (
     NormPlace,
     layer_norm,
 )
-from qkv_jax.ops import Ancestry, KVCache, masks, segment_positions, split_rng
+from qkv_jax.ops import (
+    Ancestry,
+    ContextMethod,
+    KVCache,
+    masks,
+    segment_positions,
+    split_rng,
+)
 
 Array = jax.Array
 
@@ -27,6 +34,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "norm": get_args(NormPlace),
     "tie": ("all", "target", "none"),
     "dtype": ("float32", "bfloat16"),
+    "context": get_args(ContextMethod),
 }
 SIZES = ("d_model", "d_ff", "heads", "encoder_layers", "decoder_layers")
 RATES = ("dropout", "embedding_dropout", "attention_dropout", "activation_dropout")
@@ -34,7 +42,7 @@ RATES = ("dropout", "embedding_dropout", "attention_dropout", "activation_dropou
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Sizes and choices of the model; every field changes what is computed.
+    """Sizes and choices of the model.
 
     Attributes:
         vocabulary: V, shared by source and target; 0: the tokeniser's, filled in by the task.
@@ -52,6 +60,9 @@ class Config:
         attention_dropout, activation_dropout: on attention weights; after the activation.
         dtype: of the computation; parameters are float32 always.
         pad: the token that fills up rows and is never attended to.
+        context: how attention shares out the lengths, on a mesh whose axis "context" is larger
+            than 1: "ring", "zigzag" or "ulysses", see `context_parallel_attention`. The same is
+            computed by each.
     """
 
     vocabulary: int = 0
@@ -71,6 +82,7 @@ class Config:
     activation_dropout: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     pad: int = 0
+    context: ContextMethod = "ring"
 
     def __post_init__(self):
         for name, choices in CHOICES.items():
@@ -163,6 +175,22 @@ def train_flops(config: Config, *, rows: int, source: int, target: int) -> float
     return 3 * 2.0 * rows * (layers + target * D * V)
 
 
+def check_heads(config: Config, mesh: Mapping[str, int]) -> None:
+    """Raises ValueError if `config.context` cannot share the heads out as a mesh asks.
+
+    Args:
+        config: of the model.
+        mesh: the sizes of its axes.
+    """
+    context, tensor = (mesh.get(name, 1) for name in ("context", "tensor"))
+    each = config.heads // tensor if config.heads % tensor == 0 else config.heads
+    if config.context == "ulysses" and each % context:
+        raise ValueError(
+            f"ulysses shares out the {each} query heads of a device over the {context} devices of "
+            '"context", which does not go: set model.context to "ring" or "zigzag".'
+        )
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Cache:
@@ -214,6 +242,7 @@ class Model(nnx.Module):
                 "heads": config.heads,
                 "kv_heads": config.kv_heads,
                 "dropout_rate": config.attention_dropout,
+                "context": config.context,
                 "dtype": dtype,
             },
             "feed_forward": {

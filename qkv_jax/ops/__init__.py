@@ -22,6 +22,13 @@ from qkv_jax.ops.axes import LOGICAL_AXES as LOGICAL_AXES
 from qkv_jax.ops.axes import pin as pin
 from qkv_jax.ops.cache import Ancestry as Ancestry
 from qkv_jax.ops.cache import KVCache as KVCache
+from qkv_jax.ops.context_parallel import ContextMethod as ContextMethod
+from qkv_jax.ops.context_parallel import blocks_looked_at as blocks_looked_at
+from qkv_jax.ops.context_parallel import (
+    context_parallel_attention as context_parallel_attention,
+)
+from qkv_jax.ops.context_parallel import mesh_attention as mesh_attention
+from qkv_jax.ops.context_parallel import shard_attention as shard_attention
 from qkv_jax.ops.dropout import dropout as dropout
 from qkv_jax.ops.dropout import split_rng as split_rng
 from qkv_jax.ops.graph import arc_attention as arc_attention

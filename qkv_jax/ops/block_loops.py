@@ -34,18 +34,18 @@ class Plan(NamedTuple):
         size: queries and keys in a block.
         scale: of the scores.
         rate: of dropout.
-        count: blocks of queries and of keys in the whole; None: as few as hold T and S.
+        blocks: of queries and of keys in the whole; None: as few as hold T and S.
     """
 
     shape: tuple[int, int, int, int]
     size: tuple[int, int]
     scale: float
     rate: float
-    count: tuple[int, int] | None = None
+    blocks: tuple[int, int] | None = None
 
     @property
     def grid(self) -> Blocks:
-        return Blocks(self.shape, self.size, self.count)
+        return Blocks(self.shape, self.size, self.blocks)
 
     def early(self, dtype) -> float:
         """The scale if queries can be multiplied by it without a loss, else 1."""
@@ -209,9 +209,9 @@ class Rows(NamedTuple):
     clean: Array
 
 
-def rows_of(found: Softmax, d_out: Array, d_logsumexp: Array, masked: bool) -> Rows:
-    """The rows of the way back, from what the way there found."""
-    out, top, total = found
+def rows_of(found: Softmax, slopes: tuple[Array, Array], masked: bool) -> Rows:
+    """The rows of the way back, from what the way there found and the slopes of its results."""
+    (out, top, total), (d_out, d_logsumexp) = found, slopes
     wide = top.dtype
     constant = jnp.isnan(out).all(-1, keepdims=True) & ~jnp.isnan(total) & masked
     lowered = jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1, keepdims=True)
@@ -488,8 +488,9 @@ def cotangents(
             return slope.astype(like.dtype)
         return np.zeros(like.shape, jax.dtypes.float0)
 
-    arrays = (d_query, d_key, d_value)
-    arrays = (x.astype(y.dtype) for x, y in zip(arrays, inputs[:3]))
+    pairs = zip((d_query, d_key, d_value), inputs[:3])
+    arrays: Any = [x.astype(y.dtype) for x, y in pairs]
     score = inputs.score
     d_score = None if score is None else jax.tree.map(of, slopes, score)
-    return Inputs(*arrays, mask=None, score=d_score, seed=None, part=None)  # type: ignore[arg-type]
+    nothing: Any = None
+    return Inputs(*arrays, nothing, d_score, nothing, nothing)

@@ -173,7 +173,7 @@ def _forward(inputs: Inputs, plan: Plan):
 
 def _backward(plan: Plan, saved, slopes):
     inputs, found = saved
-    rows = rows_of(found, *slopes, masked=inputs.mask is not None)
+    rows = rows_of(found, slopes, inputs.mask is not None)
     ranks = block_ranks(inputs, plan)
     d_query, *others = backward_blocks(inputs, rows, plan, ranks, inputs.query.dtype)
     return (cotangents(inputs, d_query, *others),)

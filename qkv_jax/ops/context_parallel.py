@@ -21,7 +21,13 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from qkv_jax.ops import blockwise
-from qkv_jax.ops.attention import check_arguments, check_dropout, static_scale
+from qkv_jax.ops.attention import (
+    check_arguments,
+    check_dropout,
+    dot_product_attention,
+    explain,
+    static_scale,
+)
 from qkv_jax.ops.axes import vary
 from qkv_jax.ops.block_loops import (
     Inputs,
@@ -41,7 +47,7 @@ from qkv_jax.ops.masks import Blocks, Mask, as_mask
 from qkv_jax.ops.scores import Score, supported
 
 Array = jax.Array
-Method = Literal["ring", "zigzag", "ulysses"]
+ContextMethod = Literal["ring", "zigzag", "ulysses"]
 
 
 @overload
@@ -55,7 +61,7 @@ def context_parallel_attention(
     scale: float | Array | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
-    method: Method = "ring",
+    method: ContextMethod = "ring",
     mesh: Mesh | AbstractMesh | None = None,
     axis: str = "context",
     batch_axes: tuple[str, ...] = ("data", "fsdp"),
@@ -76,7 +82,7 @@ def context_parallel_attention(
     scale: float | Array | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
-    method: Method = "ring",
+    method: ContextMethod = "ring",
     mesh: Mesh | AbstractMesh | None = None,
     axis: str = "context",
     batch_axes: tuple[str, ...] = ("data", "fsdp"),
@@ -96,7 +102,7 @@ def context_parallel_attention(
     scale: float | Array | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
-    method: Method = "ring",
+    method: ContextMethod = "ring",
     mesh: Mesh | AbstractMesh | None = None,
     axis: str = "context",
     batch_axes: tuple[str, ...] = ("data", "fsdp"),
@@ -133,9 +139,9 @@ def context_parallel_attention(
     """
     check_arguments(query, key, value, score)
     check_dropout(dropout_rate, dropout_rng)
-    if method not in get_args(Method):
+    if method not in get_args(ContextMethod):
         raise ValueError(
-            f"method must be one of {list(get_args(Method))}; got {method!r}."
+            f"method must be one of {list(get_args(ContextMethod))}; got {method!r}."
         )
     score, scale = static_scale(query, score, scale)
     mask = supported(as_mask(mask), score)
@@ -178,18 +184,55 @@ def context_parallel_attention(
             heads=heads,
         )
 
-    found = jax.shard_map(
+    of_all: Any = jax.shard_map(
         of_a_device,
         mesh=mesh,
         in_specs=(spec,) * 3 + (PartitionSpec(),) * 3,
         out_specs=(spec, PartitionSpec(*spec[:3])),
         check_vma=check_vma,
-    )(*arrays, mask, score, blockwise.seed_of(dropout_rate, dropout_rng))
+    )
+    seed = blockwise.seed_of(dropout_rate, dropout_rng)
+    found = of_all(*arrays, mask, score, seed)
     if T < found[0].shape[1]:
         whole = PartitionSpec(rows or None, None, heads)
         found = [_laid_out(x, mesh, whole)[:, :T] for x in found]
     out, residual = found
     return (out, residual) if return_residuals else out
+
+
+def mesh_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: Mask | None = None,
+    score: Score | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None,
+    method: ContextMethod = "ring",
+) -> Array:
+    """`dot_product_attention` on the mesh of `jax.set_mesh`, if there is one: what layers call.
+
+    Over a mesh axis "context", and where whole lengths are looked at in blocks, each device is
+    given its part by `context_parallel_attention`: of a loop over blocks, the partitioner makes
+    one over all rows and heads on each device. All else is left to the partitioner.
+
+    Args: as for `context_parallel_attention`.
+    """
+    options: dict[str, Any] = {
+        "mask": mask,
+        "score": score,
+        "dropout_rate": dropout_rate,
+        "dropout_rng": dropout_rng,
+    }
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or not mesh.are_all_axes_auto:
+        return dot_product_attention(query, key, value, **options)
+    if mesh.shape.get("context", 1) == 1:
+        chosen = explain(query, key, value, **options).implementation
+        if chosen in ("reference", "cudnn"):
+            return dot_product_attention(query, key, value, **options)
+    return context_parallel_attention(query, key, value, method=method, **options)
 
 
 def shard_attention(
@@ -202,7 +245,7 @@ def shard_attention(
     scale: float | Array | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
-    method: Method = "ring",
+    method: ContextMethod = "ring",
     axis: str = "context",
     batch_axes: tuple[str, ...] = (),
     head_axis: str | None = None,
@@ -299,7 +342,7 @@ def blocks_looked_at(
 def _attend_here(
     inputs: Inputs,
     plan: Plan,
-    method: Method,
+    method: ContextMethod,
     *,
     axis: str | None,
     devices: int,
@@ -326,10 +369,10 @@ def _attend_here(
         )
     halves = 2 if method == "zigzag" else 1
     chunks = (T // halves, key.shape[1] // halves)
-    size = tuple(_block(n, limit) for n, limit in zip(chunks, plan.size))
+    size: Any = tuple(_block(n, limit) for n, limit in zip(chunks, plan.size))
     each = tuple(n // width for n, width in zip(chunks, size))
-    total = tuple(n * halves * devices for n in each)
-    plan = plan._replace(size=size, count=total)
+    total: Any = tuple(n * halves * devices for n in each)
+    plan = plan._replace(size=size, blocks=total)
     here = jax.lax.axis_index(axis)
     held = [here, 2 * devices - 1 - here][:halves]
     places = (
@@ -357,12 +400,12 @@ def _with_all_keys(
         )
         first = jax.lax.axis_index(axis) * query.shape[2]
         head = first if head is None else head + first
-    size = tuple(
+    size: Any = tuple(
         blockwise.even_block(x.shape[1], limit)
         for x, limit in zip((query, key), plan.size)
     )
-    count = tuple(-(-x.shape[1] // width) for x, width in zip((query, key), size))
-    plan = plan._replace(size=size, count=count)
+    count: Any = tuple(-(-x.shape[1] // width) for x, width in zip((query, key), size))
+    plan = plan._replace(size=size, blocks=count)
     part = vary(Part(row, head), inputs)
     filled = blockwise.filled(query, key, value, *inputs[3:6], plan, part)
     out, residual = (
@@ -410,7 +453,7 @@ def _ring_backward(plan: Plan, axis: str, devices: int, saved, slopes):
     inputs, found = saved
     wide = found.top.dtype
     ranks = block_ranks(inputs, plan)
-    rows = vary(rows_of(found, *slopes, masked=inputs.mask is not None), inputs)
+    rows = vary(rows_of(found, slopes, inputs.mask is not None), inputs)
 
     def hop(carry, _):
         sums, *keys = carry
@@ -426,7 +469,7 @@ def _ring_backward(plan: Plan, axis: str, devices: int, saved, slopes):
 
     zeros = (jnp.zeros(x.shape, wide) for x in inputs[:3])
     sums = vary((*zeros, zero_slopes(inputs.score)), inputs)
-    carry = (sums, inputs.key, inputs.value, inputs.part.keys)
+    carry: Any = (sums, inputs.key, inputs.value, inputs.part.keys)
     (sums, *_), _ = jax.lax.scan(hop, carry, length=devices)
     return (cotangents(inputs, *sums),)
 

@@ -143,8 +143,13 @@ class BlockSparse(_Lookup):
         # Prefix sums count the admitted blocks of the layout that a block of the grid touches.
         size, (n_q, n_k) = self.block_size, self.table.shape[2:]
         sums, at = _sums(_sums(self.table, 2), 3), self._rows(grid.b, grid.h)
-        top, bottom = grid.q // size, np.minimum(grid.q_last // size + 1, n_q)
-        left, right = grid.k // size, np.minimum(grid.k_last // size + 1, n_k)
+        # A grid over several devices may have blocks past the layout's end.
+        top, bottom = (
+            np.minimum(x, n_q) for x in (grid.q // size, grid.q_last // size + 1)
+        )
+        left, right = (
+            np.minimum(x, n_k) for x in (grid.k // size, grid.k_last // size + 1)
+        )
         count = sums[*at, bottom, right] - sums[*at, top, right]
         count = count - sums[*at, bottom, left] + sums[*at, top, left]
         return count > 0, count == (bottom - top) * (right - left)

@@ -30,6 +30,7 @@ def plan_run(config: TranslationConfig) -> Plan:
     model = dataclasses.replace(config.model, vocabulary=text.vocabulary, pad=PAD)
     try:
         mesh = training.make_mesh(config.mesh)
+        seq2seq.check_heads(model, mesh.shape)
         optimizer = training.make_optimizer(config.optimizer, config.training.steps)
         state = training.abstract_state(
             functools.partial(init_params, model, seed=0),

@@ -172,6 +172,7 @@ def _train_run(
     shapes = jax.eval_shape(make_params)
     try:
         training.state_shardings(shapes, mesh)
+        seq2seq.check_heads(model, mesh.shape)
     except ValueError as error:
         raise training.RunError(f"mesh: {error}") from error
     training.check_same("text or tokeniser", tokenizer.digest)

@@ -180,7 +180,9 @@ def test_one_batch_is_overfitted():
 
 
 def test_every_field_has_another_value_to_try():
-    assert set(FLIPS) == {field.name for field in dataclasses.fields(Config)}
+    # "context" says how a mesh computes the same, see tests/translation/test_mesh.py.
+    fields = {field.name for field in dataclasses.fields(Config)}
+    assert set(FLIPS) == fields - {"context"}
 
 
 @pytest.mark.parametrize("field", FLIPS)

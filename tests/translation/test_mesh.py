@@ -1,6 +1,7 @@
 """The same training and decoding on one device, and shared out in every way."""
 
 import collections
+import dataclasses
 import re
 
 import jax
@@ -34,6 +35,8 @@ MESHES = {
     "fsdp": {"data": 1, "fsdp": 8},
     "tensor": {"data": 4, "tensor": 2},
     "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2},
+    "context": {"data": 2, "context": 4},
+    "2x2x2 with context": {"data": 1, "fsdp": 2, "context": 2, "tensor": 2},
 }
 COLLECTIVES = r"= (.*) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 
@@ -59,14 +62,14 @@ def remember() -> optax.GradientTransformation:
     )
 
 
-def trained(mesh):
+def trained(mesh, config=CONFIG):
     """Losses, the first gradient, parameters after 3 steps, and the compiled step's text."""
     # A large eps: where the gradient is 0 but for rounding, Adam would make that a whole step.
     optimizer = optax.chain(remember(), optax.adam(1e-2, eps=1e-3))
     state = training.create_state(
-        lambda: init_params(CONFIG, seed=0), optimizer, seed=0, mesh=mesh
+        lambda: init_params(config, seed=0), optimizer, seed=0, mesh=mesh
     )
-    step = training.make_train_step(make_loss(CONFIG, 0.1), optimizer, mesh=mesh)
+    step = training.make_train_step(make_loss(config, 0.1), optimizer, mesh=mesh)
     losses, gradient = [], None
     placed = [training.place_batch(batch, mesh) for batch in batches()]
     compiled = step.lower(state, placed[0]).compile()
@@ -91,15 +94,19 @@ def collectives(text: str) -> dict[str, list[list[int]]]:
     return found
 
 
+def alike(found, wanted):
+    """Losses, gradients and parameters."""
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
+        found[:3],
+        wanted[:3],
+    )
+
+
 @pytest.mark.parametrize("name", MESHES)
 def test_training_equals_one_device(name, one_device):
     found = trained(make_mesh(MeshConfig(**MESHES[name])))
-    for got, want in zip(found[:3], one_device[:3]):
-        jax.tree.map(
-            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
-            got,
-            want,
-        )
+    alike(found, one_device)
     moved = collectives(found[3])
     counts = {kind: len(shapes) for kind, shapes in moved.items()}
     for shapes in moved.values():
@@ -108,12 +115,25 @@ def test_training_equals_one_device(name, one_device):
     parameters = len(jax.tree.leaves(found[2]))
     if name == "data":
         assert "all-gather" not in counts, moved["all-gather"]
-    if name == "tensor":
+    if name in ("tensor", "context"):
         # But for a few numbers a row, nothing is gathered: no parameter, no activation.
         assert not [s for s in moved["all-gather"] if np.prod(s) > 64]
     if "fsdp" in MESHES[name]:
         # Each matrix at most twice: for the way there and for the way back.
         assert counts["all-gather"] <= 2 * parameters
+
+
+@pytest.mark.parametrize("context", ["zigzag", "ulysses"])
+def test_lengths_are_shared_out_by_config_alone(context, one_device):
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2))
+    found = trained(mesh, dataclasses.replace(CONFIG, context=context))
+    alike(found, one_device)
+    moved = collectives(found[3])
+    # Three attentions, there and back: query, key, value and output, or rings of permutations.
+    if context == "ulysses":
+        assert len(moved["all-to-all"]) == 48
+    else:
+        assert "all-to-all" not in moved and len(moved["collective-permute"]) > 48
 
 
 def test_parameters_and_moments_are_made_in_their_places():

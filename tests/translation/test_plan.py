@@ -22,6 +22,13 @@ def small(**mesh):
     return dataclasses.replace(CONFIG, model=model, text=text, mesh=MeshConfig(**mesh))
 
 
+def test_heads_that_ulysses_cannot_share_out_are_an_error():
+    config = small(data=1, context=4, tensor=2)
+    model = dataclasses.replace(config.model, context="ulysses")
+    with pytest.raises(RunError, match="mesh: ulysses .* 2 query heads .* 4 devices"):
+        plan_run(dataclasses.replace(config, model=model))
+
+
 def products(jaxpr):
     """Floating-point operations of all products in a jaxpr without loops."""
     total = 0.0
