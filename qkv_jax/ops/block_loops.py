@@ -489,8 +489,8 @@ def cotangents(
         return np.zeros(like.shape, jax.dtypes.float0)
 
     pairs = zip((d_query, d_key, d_value), inputs[:3])
-    arrays: Any = [x.astype(y.dtype) for x, y in pairs]
+    d_query, d_key, d_value = (x.astype(y.dtype) for x, y in pairs)
     score = inputs.score
     d_score = None if score is None else jax.tree.map(of, slopes, score)
     nothing: Any = None
-    return Inputs(*arrays, nothing, d_score, nothing, nothing)
+    return Inputs(d_query, d_key, d_value, nothing, d_score, nothing, nothing)
