@@ -40,9 +40,10 @@ class Embedding(nnx.Module):
         width = self.table.shape[1]
         # Looked up by rows, so its columns are put together first where they are spread out.
         table = pin(self.table[...], "vocab", None)
-        x = table[tokens] * width**0.5 + sinusoids(positions, width)
+        x = pin(table[tokens], "batch", "length") * width**0.5
+        x = x + sinusoids(positions, width)
         x = dropout(x.astype(self.dtype), self.dropout_rate, rng)
-        return pin(x, "batch", "length")
+        return pin(x, "batch", "stream")
 
     def logits(self, x: Array) -> Array:
         """Scores of every token: x (..., D) times the table's transpose, (..., V)."""

@@ -40,11 +40,12 @@ class Residual(nnx.Module):
     def __call__(
         self, x: Array, f: Callable[[Array], Array], *, rng: Array | None = None
     ) -> Array:
-        if self.place == "pre":
-            x = x + dropout(f(self.norm(x)), self.dropout_rate, rng)
-        else:
-            x = self.norm(x + dropout(f(x), self.dropout_rate, rng))
-        return pin(x, "batch", "length")
+        # Over "tensor", f is given whole lengths and gives them back: else the partitioner may
+        # gather f's parameters in their place.
+        y = pin(self.norm(x) if self.place == "pre" else x, "batch", "length")
+        y = pin(f(y), "batch", "length")
+        x = pin(x + dropout(y, self.dropout_rate, rng), "batch", "stream")
+        return x if self.place == "pre" else pin(self.norm(x), "batch", "stream")
 
 
 class EncoderBlock(nnx.Module):

@@ -22,6 +22,7 @@ from qkv_jax.ops import (
     ContextMethod,
     KVCache,
     masks,
+    pin,
     segment_positions,
     split_rng,
 )
@@ -344,7 +345,8 @@ class Model(nnx.Module):
         x = embed(source, _positions(source, segments), rng=rngs[0])
         for block, block_rng in zip(self.encoder, rngs[1:]):
             x = block(x, mask=mask, rng=block_rng)
-        return (x if self.encoder_norm is None else self.encoder_norm(x)), lengths
+        x = x if self.encoder_norm is None else self.encoder_norm(x)
+        return pin(x, "batch", "length"), lengths
 
     def decode(
         self,

@@ -15,6 +15,9 @@ MESH_AXES = ("data", "fsdp", "context", "tensor")
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "length": ("context",),
+    # Of the residual stream: what tensor parallelism would have all devices repeat, they share.
+    # Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2.
+    "stream": ("context", "tensor"),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),

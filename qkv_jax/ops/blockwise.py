@@ -5,6 +5,7 @@ The loops are those of block_loops.py. Axes: see reference.py.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +13,20 @@ import numpy as np
 
 from qkv_jax.ops import masks
 from qkv_jax.ops.axes import vary
-from qkv_jax.ops.block_loops import (
+from qkv_jax.ops.block_loops import backward_blocks, block_ranks, forward_blocks
+from qkv_jax.ops.masks import Blocks, Mask
+from qkv_jax.ops.part_dense import backward_dense, forward_dense
+from qkv_jax.ops.parts import (
     WHOLE,
     Inputs,
     Part,
     Plan,
-    backward_blocks,
-    block_ranks,
+    Rows,
+    Softmax,
     cotangents,
-    forward_blocks,
     logsumexp,
     rows_of,
 )
-from qkv_jax.ops.masks import Blocks, Mask
 from qkv_jax.ops.scores import Score
 
 Array = jax.Array
@@ -164,9 +166,23 @@ def attend(inputs: Inputs, plan: Plan) -> tuple[Array, Array]:
     return _forward(inputs, plan)[0]
 
 
+def look(inputs: Inputs, plan: Plan, ranks: Any, dtype: Any) -> Softmax:
+    """Attention over the keys at hand as the plan says; see `forward_blocks`."""
+    if plan.dense:
+        return forward_dense(inputs, plan, dtype)
+    return forward_blocks(inputs, plan, ranks, dtype)
+
+
+def look_back(inputs: Inputs, rows: Rows, plan: Plan, ranks: Any, dtype: Any) -> Any:
+    """The slopes of its inputs; see `backward_blocks`."""
+    if plan.dense:
+        return backward_dense(inputs, rows, plan, dtype)
+    return backward_blocks(inputs, rows, plan, ranks, dtype)
+
+
 def _forward(inputs: Inputs, plan: Plan):
     ranks = block_ranks(inputs, plan)
-    found = forward_blocks(inputs, plan, ranks, inputs.query.dtype)
+    found = look(inputs, plan, ranks, inputs.query.dtype)
     # Apart, for where scores are of hundreds their sum loses what the weights need.
     return (found.out, logsumexp(found)), (inputs, found)
 
@@ -175,7 +191,7 @@ def _backward(plan: Plan, saved, slopes):
     inputs, found = saved
     rows = rows_of(found, slopes, inputs.mask is not None)
     ranks = block_ranks(inputs, plan)
-    d_query, *others = backward_blocks(inputs, rows, plan, ranks, inputs.query.dtype)
+    d_query, *others = look_back(inputs, rows, plan, ranks, inputs.query.dtype)
     return (cotangents(inputs, d_query, *others),)
 
 

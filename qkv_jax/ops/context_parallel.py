@@ -22,6 +22,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from qkv_jax.ops import blockwise
 from qkv_jax.ops.attention import (
+    DENSE_PAIRS,
     check_arguments,
     check_dropout,
     dot_product_attention,
@@ -29,21 +30,19 @@ from qkv_jax.ops.attention import (
     static_scale,
 )
 from qkv_jax.ops.axes import vary
-from qkv_jax.ops.block_loops import (
+from qkv_jax.ops.block_loops import block_ranks
+from qkv_jax.ops.masks import Blocks, Mask, as_mask
+from qkv_jax.ops.parts import (
     Inputs,
     Part,
     Plan,
     Softmax,
-    backward_blocks,
-    block_ranks,
     cotangents,
-    forward_blocks,
     logsumexp,
     merged,
     rows_of,
     zero_slopes,
 )
-from qkv_jax.ops.masks import Blocks, Mask, as_mask
 from qkv_jax.ops.scores import Score, supported
 
 Array = jax.Array
@@ -372,13 +371,9 @@ def _attend_here(
     size: Any = tuple(_block(n, limit) for n, limit in zip(chunks, plan.size))
     each = tuple(n // width for n, width in zip(chunks, size))
     total: Any = tuple(n * halves * devices for n in each)
-    plan = plan._replace(size=size, blocks=total)
+    plan = plan._replace(size=size, blocks=total, dense=T * key.shape[1] <= DENSE_PAIRS)
     here = jax.lax.axis_index(axis)
-    held = [here, 2 * devices - 1 - here][:halves]
-    places = (
-        jnp.concatenate([part * n + jnp.arange(n, dtype=jnp.int32) for part in held])
-        for n in each
-    )
+    places = (_held(here, n, devices, halves) for n in each)
     part = vary(Part(row, head, *places), inputs)
     inputs = vary(blockwise.filled(*inputs[:6], plan, part), inputs)
     out, residual = _ring(inputs, plan, axis, devices)
@@ -405,7 +400,8 @@ def _with_all_keys(
         for x, limit in zip((query, key), plan.size)
     )
     count: Any = tuple(-(-x.shape[1] // width) for x, width in zip((query, key), size))
-    plan = plan._replace(size=size, blocks=count)
+    dense = query.shape[1] * key.shape[1] <= DENSE_PAIRS
+    plan = plan._replace(size=size, blocks=count, dense=dense)
     part = vary(Part(row, head), inputs)
     filled = blockwise.filled(query, key, value, *inputs[3:6], plan, part)
     out, residual = (
@@ -430,19 +426,19 @@ def _ring_forward(inputs: Inputs, plan: Plan, axis: str, devices: int):
     ranks = block_ranks(inputs, plan)
 
     def hop(carry, _):
-        found, *keys = carry
-        here, here_ranks = _with_keys(inputs, ranks, keys)
+        found, keys, places = carry
+        here, here_ranks = _with_keys(inputs, ranks, keys, places)
 
         def look():
-            return merged(found, forward_blocks(here, plan, here_ranks, wide))
+            return merged(found, blockwise.look(here, plan, here_ranks, wide))
 
         found = _unless_empty(here_ranks, look, found)
-        return (found, *_pass_on(keys, axis, devices)), None
+        return (found, *_pass_on((keys, places), axis, devices)), None
 
     line = jnp.full((B, T, N, 1), -jnp.inf, wide)
     out = jnp.zeros((B, T, N, inputs.value.shape[3]), wide)
     nothing = vary(Softmax(out, line, jnp.ones_like(line)), inputs)
-    carry = (nothing, inputs.key, inputs.value, inputs.part.keys)
+    carry = (nothing, _joined(*inputs[1:3]), inputs.part.keys)
     (found, *_), _ = jax.lax.scan(hop, carry, length=devices)
     found = found._replace(out=found.out.astype(inputs.query.dtype))
     return (found.out, logsumexp(found)), (inputs, found)
@@ -456,30 +452,55 @@ def _ring_backward(plan: Plan, axis: str, devices: int, saved, slopes):
     rows = vary(rows_of(found, slopes, inputs.mask is not None), inputs)
 
     def hop(carry, _):
-        sums, *keys = carry
-        here, here_ranks = _with_keys(inputs, ranks, keys)
+        d_query, d_score, d_keys, keys, places = carry
+        here, here_ranks = _with_keys(inputs, ranks, keys, places)
 
         def look():
-            new = backward_blocks(here, rows, plan, here_ranks, wide)
-            return jax.tree.map(jnp.add, sums, new)
+            new, *d_pair, d_rule = blockwise.look_back(
+                here, rows, plan, here_ranks, wide
+            )
+            return jax.tree.map(
+                jnp.add, (d_query, d_score, d_keys), (new, d_rule, _joined(*d_pair))
+            )
 
-        d_query, d_key, d_value, d_score = _unless_empty(here_ranks, look, sums)
-        d_key, d_value, *keys = _pass_on((d_key, d_value, *keys), axis, devices)
-        return ((d_query, d_key, d_value, d_score), *keys), None
+        sums = _unless_empty(here_ranks, look, (d_query, d_score, d_keys))
+        passed = _pass_on((sums[2], keys, places), axis, devices)
+        return (*sums[:2], *passed), None
 
-    zeros = (jnp.zeros(x.shape, wide) for x in inputs[:3])
-    sums = vary((*zeros, zero_slopes(inputs.score)), inputs)
-    carry: Any = (sums, inputs.key, inputs.value, inputs.part.keys)
-    (sums, *_), _ = jax.lax.scan(hop, carry, length=devices)
-    return (cotangents(inputs, *sums),)
+    keys = _joined(*inputs[1:3])
+    sums = jnp.zeros(inputs.query.shape, wide), zero_slopes(inputs.score)
+    zeros = vary((*sums, jnp.zeros(keys.shape, wide)), inputs)
+    carry: Any = (*zeros, keys, inputs.part.keys)
+    (d_query, d_score, d_keys, *_), _ = jax.lax.scan(hop, carry, length=devices)
+    d_key, d_value = _parted(d_keys, inputs)
+    return (cotangents(inputs, d_query, d_key, d_value, d_score),)
 
 
 _ring.defvjp(_ring_forward, _ring_backward)
 
 
-def _with_keys(inputs: Inputs, ranks: Any, keys: Any) -> tuple[Inputs, Any]:
+def _joined(key: Array, value: Array) -> Array:
+    """(B, S, K, H + E): so that one message a hop takes both."""
+    return jnp.concatenate([key, value], axis=-1)
+
+
+def _parted(keys: Array, inputs: Inputs) -> tuple[Array, Array]:
+    size = inputs.key.shape[3]
+    return keys[..., :size], keys[..., size:]
+
+
+def _held(device: Array, each: int, devices: int, halves: int) -> Array:
+    """Which of the whole's blocks a device holds, (halves * each,) int32."""
+    parts = [device, 2 * devices - 1 - device][:halves]
+    blocks = jnp.arange(each, dtype=jnp.int32)
+    return jnp.concatenate([part * each + blocks for part in parts])
+
+
+def _with_keys(
+    inputs: Inputs, ranks: Any, keys: Any, places: Any
+) -> tuple[Inputs, Any]:
     """The inputs with the keys that are here now, and the ranks of just their blocks."""
-    key, value, places = keys
+    key, value = _parted(keys, inputs)
     part = inputs.part._replace(keys=places)
     ranks = None if ranks is None else jnp.asarray(ranks)[..., places]
     return inputs._replace(key=key, value=value, part=part), ranks

@@ -44,7 +44,7 @@ def projected_cross_entropy(
     Source: Szegedy et al. 2016, arXiv 1512.00567, eq. 7 (the smoothing; torch's convention);
     gradients within the forward pass: Hsu et al. 2024, arXiv 2410.10989.
     """
-    table = pin(table, "vocab", None)
+    states, table = pin(states, "batch", "length"), pin(table, "vocab", None)
     parts = (
         _chunk(*part, table, smoothing)[0]
         for part in _split(states, labels, weights, chunks)
@@ -55,6 +55,8 @@ def projected_cross_entropy(
 def _forward(states, table, labels, weights, smoothing, chunks):
     # Put together along D: else each device would have a part of every logit's sum.
     table = pin(table, "vocab", None)
+    # Whole along T for each share of V: else it is the logits that are exchanged.
+    states = pin(states, "batch", "length")
     sums, slopes_states, slopes_table = [], [], []
     for part in _split(states, labels, weights, chunks):
         part_sums, slope = _chunk(*part, table, smoothing)
