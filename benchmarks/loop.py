@@ -115,7 +115,7 @@ def memory(steps: int) -> None:
     """Prints the resident memory along a run of so many steps."""
     rng, words = random.Random(0), [f"word{i}" for i in range(200)]
     with tempfile.TemporaryDirectory() as root, contextlib.ExitStack() as stack:
-        for part, count in (("train", 4000), ("valid", 20)):
+        for part, count in (("train", 4000), ("valid", 20), ("test", 5)):
             files = [
                 stack.enter_context(open(Path(root, f"{part}.{x}"), "w")) for x in "ab"
             ]

@@ -88,6 +88,29 @@ def test_an_interrupted_run_ends_as_a_straight_one(
     jax.tree.map(np.testing.assert_array_equal, resumed, straight)
 
 
+def test_a_run_goes_on_on_another_mesh_with_the_same_batches(
+    finished, corpus, tmp_path
+):
+    directory = tmp_path / "moved"
+    shutil.copytree(finished, directory)  # made on data 8
+    shutil.rmtree(directory / "checkpoints" / "4")
+    (directory / "result.json").unlink()
+    result = toy.run(
+        toy.make_config(corpus, directory, mesh=MeshConfig(data=2, fsdp=4))
+    )
+    assert result["steps"] == 4
+
+    def curve(run):
+        rows = [row for row in read_metrics(run) if "train/loss" in row]
+        return [(row["step"], row["train/tokens"], row["train/loss"]) for row in rows]
+
+    np.testing.assert_allclose(curve(directory), curve(finished), rtol=1e-5)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5),
+        *(jax.device_get(load_run(run).params) for run in (directory, finished)),
+    )
+
+
 def test_a_finished_run_is_refused_and_untouched(finished, corpus):
     before = toy.contents(finished)
     with pytest.raises(RunError, match="is a finished run"):
