@@ -15,6 +15,7 @@ from qkv_jax.ops import (
     scores,
 )
 from qkv_jax.ops.masks import Blocks
+from qkv_jax.ops.parts import Plan
 from tests.ops.cases import CASES, Case, ints
 from tests.ops.test_attention import close, expected, normal, pulled, qkv
 
@@ -129,7 +130,7 @@ def test_what_a_mask_says_of_blocks_is_true_of_their_pairs(mask):
 
 def looked_at(mask, shape, size):
     """Blocks looked at, and how many of them with the mask, over all rows and heads."""
-    plan = parts.Plan(shape, size, 1.0, 0.0)
+    plan = Plan(shape, size, 1.0, 0.0)
     arrays = (jnp.zeros((shape[0], n, 1, 1)) for n in (shape[2], shape[3], shape[3]))
     inputs = blockwise.filled(*arrays, mask, None, None, plan)
     ranks = block_loops.block_ranks(inputs, plan)
