@@ -10,10 +10,8 @@ state that keeps an update that is not finite from it, as a program of its own; 
 fuse it, so this is a ceiling.
 """
 
-import contextlib
 import dataclasses
 import io
-import random
 import tempfile
 import time
 from pathlib import Path
@@ -25,6 +23,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from benchmarks.kill_resume import write_corpus
 from qkv_jax import training
 from qkv_jax.data import ParallelData
 from qkv_jax.models import seq2seq
@@ -113,17 +112,8 @@ def skipping(rounds: int) -> None:
 
 def memory(steps: int) -> None:
     """Prints the resident memory along a run of so many steps."""
-    rng, words = random.Random(0), [f"word{i}" for i in range(200)]
-    with tempfile.TemporaryDirectory() as root, contextlib.ExitStack() as stack:
-        for part, count in (("train", 4000), ("valid", 20), ("test", 5)):
-            files = [
-                stack.enter_context(open(Path(root, f"{part}.{x}"), "w")) for x in "ab"
-            ]
-            for _ in range(count):
-                line = rng.choices(words, k=rng.randint(1, 12))
-                files[0].write(" ".join(line) + "\n")
-                files[1].write(" ".join(line[::-1]) + "\n")
-        stack.close()
+    with tempfile.TemporaryDirectory() as root:
+        write_corpus(Path(root))
         config = TranslationConfig(
             data=ParallelData(directory=Path(root), source="a", target="b"),
             text=TextConfig(

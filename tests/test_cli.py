@@ -469,28 +469,6 @@ def test_the_known_options_are_those_that_help_lists(ask, monkeypatch):
     assert known | {"--help"} == set(listed)
 
 
-def test_plan_prints_tables_of_a_mesh_or_json():
-    # A process of its own: it asks for as many devices as the mesh has, before JAX starts.
-    command = [sys.executable, "-m", "qkv_jax", "plan"]
-    command += [str(ROOT / "experiments/translation/multi30k.py"), "--model.d-model=16"]
-    command += ["--model.d-ff=32", "--model.heads=4", "--model.encoder-layers=1"]
-    command += ["--model.decoder-layers=1", "--text.vocabulary=88"]
-    command += ["--mesh.data=1", "--mesh.fsdp=2", "--mesh.context=2"]
-
-    def run(*more):
-        done = subprocess.run(
-            [*command, *more], capture_output=True, text=True, check=True
-        )
-        return done.stdout
-
-    tables = run()
-    assert "one of 4 devices holds" in tables
-    assert "all-gather" in tables and "H100" in tables and "this machine" not in tables
-    plan = json.loads(run("--json"))
-    assert plan["devices"] == 4 and plan["estimates"]["H200"]["fits"]
-    assert plan["collectives"]["collective-permute"]["bytes"] > 0
-
-
 def test_sigterm_saves_the_step_and_says_how_to_go_on(corpus, tmp_path):
     file = tmp_path / "tiny.py"
     file.write_text(

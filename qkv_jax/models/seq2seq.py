@@ -21,6 +21,7 @@ from qkv_jax.ops import (
     Ancestry,
     ContextMethod,
     KVCache,
+    check_method,
     masks,
     pin,
     segment_positions,
@@ -184,12 +185,9 @@ def check_heads(config: Config, mesh: Mapping[str, int]) -> None:
         mesh: the sizes of its axes.
     """
     context, tensor = (mesh.get(name, 1) for name in ("context", "tensor"))
-    each = config.heads // tensor if config.heads % tensor == 0 else config.heads
-    if config.context == "ulysses" and each % context:
-        raise ValueError(
-            f"ulysses shares out the {each} query heads of a device over the {context} devices of "
-            '"context", which does not go: set model.context to "ring" or "zigzag".'
-        )
+    whole = config.heads % tensor
+    heads = config.heads if whole else config.heads // tensor
+    check_method(config.context, heads=heads, devices=context)
 
 
 @jax.tree_util.register_dataclass

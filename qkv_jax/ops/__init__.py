@@ -24,6 +24,7 @@ from qkv_jax.ops.cache import Ancestry as Ancestry
 from qkv_jax.ops.cache import KVCache as KVCache
 from qkv_jax.ops.context_parallel import ContextMethod as ContextMethod
 from qkv_jax.ops.context_parallel import blocks_looked_at as blocks_looked_at
+from qkv_jax.ops.context_parallel import check_method as check_method
 from qkv_jax.ops.context_parallel import (
     context_parallel_attention as context_parallel_attention,
 )

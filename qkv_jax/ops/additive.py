@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from qkv_jax.ops.attention import check_arguments, dot_product_attention
 from qkv_jax.ops.masks import Mask, as_mask, dense
-from qkv_jax.ops.reference import _nonfinite_keys, _normalise, attend_with_logits
+from qkv_jax.ops.reference import _normalise, attend_with_logits, nonfinite_keys
 
 Array = jax.Array
 # Queries that are scored at a time: tanh of (B, ROWS, S, N, H) stands in memory.
@@ -55,7 +55,7 @@ def additive_weights(
     check_arguments(query, key, None, None)
     (B, T, N, _), S, rule = query.shape, key.shape[1], as_mask(mask)
     logits = _additive_logits(query, key, weight)
-    logits = jnp.where(_nonfinite_keys(key, N), jnp.nan, logits)
+    logits = jnp.where(nonfinite_keys(key, N), jnp.nan, logits)
     allowed = None if rule is None else rule.materialise((B, N, T, S))
     return _normalise(logits, allowed)[0]
 

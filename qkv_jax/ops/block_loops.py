@@ -27,9 +27,9 @@ from qkv_jax.ops.parts import (
     Softmax,
     all_finite,
     dense_slope,
-    finite,
     zero_slopes,
 )
+from qkv_jax.ops.reference import finite
 
 Array = jax.Array
 # What a block needs: nothing; the mask; the mask, and care for what is not finite.

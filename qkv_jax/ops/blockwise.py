@@ -24,6 +24,7 @@ from qkv_jax.ops.parts import (
     Rows,
     Softmax,
     cotangents,
+    filled_up,
     logsumexp,
     rows_of,
 )
@@ -151,11 +152,10 @@ def filled(
         mask = inside if mask is None else mask & inside
     score = None if score is None else score.fill(grid)
 
-    def fill(x: Array, size: int) -> Array:
-        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, 0), (0, 0)))
-
-    query = fill(query, plan.size[0])
-    key, value = (fill(x, plan.size[1]) for x in (key, value))
+    query, key, value = (
+        filled_up(x, -(-x.shape[1] // size) * size)
+        for x, size in zip((query, key, value), (*plan.size, plan.size[1]))
+    )
     inputs = Inputs(query, key, value, mask, score, seed, part)
     return vary(inputs, like=inputs)
 

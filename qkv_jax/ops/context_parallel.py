@@ -13,6 +13,7 @@ arXiv 2309.14509.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, get_args, overload
 
 import jax
@@ -30,19 +31,9 @@ from qkv_jax.ops.attention import (
     static_scale,
 )
 from qkv_jax.ops.axes import vary
-from qkv_jax.ops.block_loops import block_ranks
 from qkv_jax.ops.masks import Blocks, Mask, as_mask
-from qkv_jax.ops.parts import (
-    Inputs,
-    Part,
-    Plan,
-    Softmax,
-    cotangents,
-    logsumexp,
-    merged,
-    rows_of,
-    zero_slopes,
-)
+from qkv_jax.ops.parts import Inputs, Part, Plan, filled_up
+from qkv_jax.ops.ring import ring
 from qkv_jax.ops.scores import Score, supported
 
 Array = jax.Array
@@ -138,10 +129,6 @@ def context_parallel_attention(
     """
     check_arguments(query, key, value, score)
     check_dropout(dropout_rate, dropout_rng)
-    if method not in get_args(ContextMethod):
-        raise ValueError(
-            f"method must be one of {list(get_args(ContextMethod))}; got {method!r}."
-        )
     score, scale = static_scale(query, score, scale)
     mask = supported(as_mask(mask), score)
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
@@ -156,19 +143,16 @@ def context_parallel_attention(
         rows = ()
     shares = mesh.shape.get(head_axis, 1)
     heads = head_axis if shares > 1 and N % shares == 0 else None
-    key, value = (_enough_heads(x, N, shares if heads else 1) for x in (key, value))
-    if method == "ulysses" and N // (shares if heads else 1) % devices:
-        raise ValueError(
-            f"ulysses shares out the {N // (shares if heads else 1)} query heads of a device over "
-            f"the {devices} devices of {axis!r}, which does not go: use 'ring' or 'zigzag'."
-        )
+    shares = shares if heads else 1
+    check_method(method, heads=N // shares, devices=devices)
+    key, value = (_enough_heads(x, N, shares) for x in (key, value))
     limits = blockwise.choose_limits(mask, (B, N, T, S))
-    parts = devices * (2 if method == "zigzag" and devices > 1 else 1)
+    parts = devices * _halves(method)
     chunks = [_chunk(n, parts, limit) for n, limit in zip((T, S), limits)]
     length = axis if devices > 1 else None
     spec = PartitionSpec(rows or None, length, heads, None)
     arrays = [
-        _laid_out(_filled(x, parts * chunk), mesh, spec)
+        _laid_out(filled_up(x, parts * chunk), mesh, spec)
         for x, chunk in zip((query, key, value), (chunks[0], chunks[1], chunks[1]))
     ]
 
@@ -274,6 +258,7 @@ def shard_attention(
     mask = supported(as_mask(mask), score)
     (B, T, N, _), S = query.shape, key.shape[1]
     devices = jax.lax.axis_size(axis)
+    check_method(method, heads=N, devices=devices)
     if method == "zigzag" and (T % 2 or S % 2):
         raise ValueError(
             f"zigzag needs an even number of queries and keys on a device; got {T} and {S}."
@@ -314,28 +299,44 @@ def blocks_looked_at(
         limits: queries and keys in a block at most; None: as the attention chooses.
     """
     limits = limits or blockwise.choose_limits(mask, shape)
-    parts = devices * (2 if method == "zigzag" else 1)
+    halves = _halves(method)
+    parts = halves * devices
     chunks = [_chunk(n, parts, limit) for n, limit in zip(shape[2:], limits)]
-    size = tuple(_block(n, limit) for n, limit in zip(chunks, limits))
-    each = tuple(n // width for n, width in zip(chunks, size))
-    grid = Blocks(shape, (size[0], size[1]), (parts * each[0], parts * each[1]))
+    size, each = _cut(chunks, limits)
+    grid = Blocks(shape, size, (parts * each[0], parts * each[1]))
     some = np.ones((1, 1, 1, 1), bool) if mask is None else mask.blocks(grid)[0]
     if not isinstance(some, np.ndarray):
         raise TypeError("the mask must have no arrays, for its blocks to be known.")
     some = np.broadcast_to(some, (*shape[:2], *grid.count)).sum((0, 1))
-    cut = some.reshape(parts, each[0], parts, each[1]).sum((1, 3))
-    held = np.arange(devices)[:, None]
-    if method == "zigzag":
-        held = np.concatenate([held, 2 * devices - 1 - held], axis=1)
+    queries, keys = (
+        [np.asarray(_held(device, n, devices, halves)) for device in range(devices)]
+        for n in each
+    )
     return np.array(
         [
-            [
-                cut[np.ix_(held[d], held[(d - hop) % devices])].sum()
-                for hop in range(devices)
-            ]
+            [some[np.ix_(queries[d], keys[d - hop])].sum() for hop in range(devices)]
             for d in range(devices)
         ]
     )
+
+
+def check_method(method: str, *, heads: int, devices: int) -> None:
+    """Raises ValueError if a method is unknown, or cannot share out the heads of a device.
+
+    Args:
+        method: a ContextMethod.
+        heads: query heads of a device.
+        devices: that share out the length.
+    """
+    if method not in get_args(ContextMethod):
+        raise ValueError(
+            f"method must be one of {list(get_args(ContextMethod))}; got {method!r}."
+        )
+    if method == "ulysses" and heads % devices:
+        raise ValueError(
+            f"ulysses shares out the {heads} query heads of a device over the {devices} devices "
+            "that share out the length, which does not go: use 'ring' or 'zigzag'."
+        )
 
 
 def _attend_here(
@@ -366,17 +367,15 @@ def _attend_here(
         inputs = inputs._replace(
             query=swap(inputs.query), key=swap(inputs.key), value=swap(inputs.value)
         )
-    halves = 2 if method == "zigzag" else 1
-    chunks = (T // halves, key.shape[1] // halves)
-    size: Any = tuple(_block(n, limit) for n, limit in zip(chunks, plan.size))
-    each = tuple(n // width for n, width in zip(chunks, size))
-    total: Any = tuple(n * halves * devices for n in each)
+    halves = _halves(method)
+    size, each = _cut((T // halves, key.shape[1] // halves), plan.size)
+    total = halves * devices * each[0], halves * devices * each[1]
     plan = plan._replace(size=size, blocks=total, dense=T * key.shape[1] <= DENSE_PAIRS)
     here = jax.lax.axis_index(axis)
     places = (_held(here, n, devices, halves) for n in each)
     part = vary(Part(row, head, *places), inputs)
     inputs = vary(blockwise.filled(*inputs[:6], plan, part), inputs)
-    out, residual = _ring(inputs, plan, axis, devices)
+    out, residual = ring(inputs, plan, axis, devices)
     if method == "zigzag":
         out, residual = (swap(x, back=True) for x in (out, residual))
     return out, residual
@@ -414,108 +413,11 @@ def _with_all_keys(
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _ring(inputs: Inputs, plan: Plan, axis: str, devices: int) -> tuple[Array, Array]:
-    """Attention of the queries here to the keys that go round, once."""
-    return _ring_forward(inputs, plan, axis, devices)[0]
-
-
-def _ring_forward(inputs: Inputs, plan: Plan, axis: str, devices: int):
-    B, T, N, _ = inputs.query.shape
-    wide = jnp.promote_types(inputs.query.dtype, jnp.float32)
-    ranks = block_ranks(inputs, plan)
-
-    def hop(carry, _):
-        found, keys, places = carry
-        here, here_ranks = _with_keys(inputs, ranks, keys, places)
-
-        def look():
-            return merged(found, blockwise.look(here, plan, here_ranks, wide))
-
-        found = _unless_empty(here_ranks, look, found)
-        return (found, *_pass_on((keys, places), axis, devices)), None
-
-    line = jnp.full((B, T, N, 1), -jnp.inf, wide)
-    out = jnp.zeros((B, T, N, inputs.value.shape[3]), wide)
-    nothing = vary(Softmax(out, line, jnp.ones_like(line)), inputs)
-    carry = (nothing, _joined(*inputs[1:3]), inputs.part.keys)
-    (found, *_), _ = jax.lax.scan(hop, carry, length=devices)
-    found = found._replace(out=found.out.astype(inputs.query.dtype))
-    return (found.out, logsumexp(found)), (inputs, found)
-
-
-def _ring_backward(plan: Plan, axis: str, devices: int, saved, slopes):
-    """The keys go round once more, and take along the sums of their slopes."""
-    inputs, found = saved
-    wide = found.top.dtype
-    ranks = block_ranks(inputs, plan)
-    rows = vary(rows_of(found, slopes, inputs.mask is not None), inputs)
-
-    def hop(carry, _):
-        d_query, d_score, d_keys, keys, places = carry
-        here, here_ranks = _with_keys(inputs, ranks, keys, places)
-
-        def look():
-            new, *d_pair, d_rule = blockwise.look_back(
-                here, rows, plan, here_ranks, wide
-            )
-            return jax.tree.map(
-                jnp.add, (d_query, d_score, d_keys), (new, d_rule, _joined(*d_pair))
-            )
-
-        sums = _unless_empty(here_ranks, look, (d_query, d_score, d_keys))
-        passed = _pass_on((sums[2], keys, places), axis, devices)
-        return (*sums[:2], *passed), None
-
-    keys = _joined(*inputs[1:3])
-    sums = jnp.zeros(inputs.query.shape, wide), zero_slopes(inputs.score)
-    zeros = vary((*sums, jnp.zeros(keys.shape, wide)), inputs)
-    carry: Any = (*zeros, keys, inputs.part.keys)
-    (d_query, d_score, d_keys, *_), _ = jax.lax.scan(hop, carry, length=devices)
-    d_key, d_value = _parted(d_keys, inputs)
-    return (cotangents(inputs, d_query, d_key, d_value, d_score),)
-
-
-_ring.defvjp(_ring_forward, _ring_backward)
-
-
-def _joined(key: Array, value: Array) -> Array:
-    """(B, S, K, H + E): so that one message a hop takes both."""
-    return jnp.concatenate([key, value], axis=-1)
-
-
-def _parted(keys: Array, inputs: Inputs) -> tuple[Array, Array]:
-    size = inputs.key.shape[3]
-    return keys[..., :size], keys[..., size:]
-
-
-def _held(device: Array, each: int, devices: int, halves: int) -> Array:
+def _held(device: Any, each: int, devices: int, halves: int) -> Array:
     """Which of the whole's blocks a device holds, (halves * each,) int32."""
     parts = [device, 2 * devices - 1 - device][:halves]
     blocks = jnp.arange(each, dtype=jnp.int32)
     return jnp.concatenate([part * each + blocks for part in parts])
-
-
-def _with_keys(
-    inputs: Inputs, ranks: Any, keys: Any, places: Any
-) -> tuple[Inputs, Any]:
-    """The inputs with the keys that are here now, and the ranks of just their blocks."""
-    key, value = _parted(keys, inputs)
-    part = inputs.part._replace(keys=places)
-    ranks = None if ranks is None else jnp.asarray(ranks)[..., places]
-    return inputs._replace(key=key, value=value, part=part), ranks
-
-
-def _unless_empty(ranks: Any, look: Any, found: Any) -> Any:
-    """look(), or what was found if all blocks are empty."""
-    if ranks is None:
-        return look()
-    return jax.lax.cond(jnp.any(ranks < 2), look, lambda: found)
-
-
-def _pass_on(arrays: Any, axis: str, devices: int) -> Any:
-    ring = [(i, (i + 1) % devices) for i in range(devices)]
-    return jax.lax.ppermute(arrays, axis, ring)
 
 
 def _zigzag(x: Array, *, axis: str, devices: int, back: bool = False) -> Array:
@@ -523,24 +425,19 @@ def _zigzag(x: Array, *, axis: str, devices: int, back: bool = False) -> Array:
     # Device i's two chunks go each to one device, and no two of a kind to the same.
     owner = [min(c, 2 * devices - 1 - c) for c in range(2 * devices)]
     roads = [[(i, owner[2 * i + odd]) for i in range(devices)] for odd in (0, 1)]
-    one, other = jnp.split(x, 2, axis=1)
     even = jax.lax.axis_index(axis) % 2 == 0
 
-    def swap(one, other):
+    def swap(halves):
+        """Of chunks i and 2n - 1 - i, the even one was a first half."""
+        one, other = halves
         return jnp.where(even, one, other), jnp.where(even, other, one)
 
+    halves = jnp.split(x, 2, axis=1)
     if back:
-        # Of chunks i and 2n - 1 - i, the even one was a first half.
-        halves = swap(one, other)
         roads = [[(there, here) for here, there in road] for road in roads]
-        halves = (jax.lax.ppermute(*pair) for pair in _with(halves, axis, roads))
-        return jnp.concatenate(list(halves), axis=1)
-    halves = (jax.lax.ppermute(*pair) for pair in _with((one, other), axis, roads))
-    return jnp.concatenate(swap(*halves), axis=1)
-
-
-def _with(halves: Any, axis: str, roads: Any) -> Any:
-    return ((half, axis, road) for half, road in zip(halves, roads))
+        halves = swap(halves)
+    halves = [jax.lax.ppermute(x, axis, road) for x, road in zip(halves, roads)]
+    return jnp.concatenate(halves if back else swap(halves), axis=1)
 
 
 def _enough_heads(x: Array, heads: int, shares: int) -> Array:
@@ -560,13 +457,21 @@ def _chunk(length: int, parts: int, limit: int) -> int:
     return -(-part // size) * size
 
 
-def _block(length: int, limit: int) -> int:
-    """The largest block of at most `limit` that divides a length."""
-    return next(n for n in range(min(length, limit), 0, -1) if length % n == 0)
+def _cut(chunks: Sequence[int], limits: tuple[int, int]) -> tuple[Any, Any]:
+    """The size of blocks that chunks of queries and of keys divide into, and how many there are.
+
+    The largest of at most `limits`.
+    """
+    size = tuple(
+        next(n for n in range(min(length, limit), 0, -1) if length % n == 0)
+        for length, limit in zip(chunks, limits)
+    )
+    return size, tuple(length // n for length, n in zip(chunks, size))
 
 
-def _filled(x: Array, length: int) -> Array:
-    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
+def _halves(method: str) -> int:
+    """Chunks of the length that a device holds."""
+    return 2 if method == "zigzag" else 1
 
 
 def _laid_out(x: Array, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> Array:

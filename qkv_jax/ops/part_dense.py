@@ -10,15 +10,16 @@ import jax
 import jax.numpy as jnp
 
 from qkv_jax.ops.dropout import keep_by_seed
+from qkv_jax.ops.masks import index_arrays
 from qkv_jax.ops.parts import (
     Inputs,
     Plan,
     Rows,
     Softmax,
     dense_slope,
-    finite,
     zero_slopes,
 )
+from qkv_jax.ops.reference import finite, nonfinite_keys
 
 Array = jax.Array
 
@@ -34,10 +35,10 @@ def forward_dense(inputs: Inputs, plan: Plan, dtype: Any) -> Softmax:
     total = p.sum(axis=-1, keepdims=True)
     total = jnp.where(total == 0.0, 1.0, total)
     p = _dropped(p, inputs, plan)
-    out = _by_heads("BKGTS,BSKE->BKGTE", p, value if mask is None else finite(value))
+    out = _product("BKGTS,BSKE->BKGTE", p, value if mask is None else finite(value))
     out = out / total
     if allowed is not None:
-        bad = jnp.any(allowed & ~_finite_keys(value, out.shape[1]), -1, keepdims=True)
+        bad = jnp.any(allowed & nonfinite_keys(value, out.shape[1]), -1, keepdims=True)
         out = jnp.where(bad, jnp.nan, out)
     out, top, total = (x.swapaxes(1, 2) for x in (out, top, total))
     return Softmax(out.astype(dtype), top, total)
@@ -54,7 +55,7 @@ def backward_dense(inputs: Inputs, rows: Rows, plan: Plan, dtype: Any) -> Any:
     if allowed is not None:
         key, value = finite(key), finite(value)
         p = jnp.where(allowed, p, 0.0)
-    d_p = _by_keys("BKGTE,BSKE->BKGTS", d_out.astype(value.dtype), value)
+    d_p = _product("BKGTE,BSKE->BKGTS", d_out, value)
     d_s = p * (_dropped(d_p, inputs, plan) - low)
     if allowed is not None:
         d_s = jnp.where(allowed, d_s, 0.0)
@@ -62,7 +63,7 @@ def backward_dense(inputs: Inputs, rows: Rows, plan: Plan, dtype: Any) -> Any:
     d_s = (d_s * plan.scale).astype(query.dtype)
     p = _dropped(p, inputs, plan).astype(value.dtype)
     turned = query.swapaxes(1, 2)
-    d_query = _by_heads("BKGTS,BSKH->BKGTH", d_s, key).swapaxes(1, 2)
+    d_query = _product("BKGTS,BSKH->BKGTH", d_s, key).swapaxes(1, 2)
     d_key = _of_keys("BKGTS,BKGTH->BSKH", d_s, turned, key.shape[2], wide)
     d_value = _of_keys(
         "BKGTS,BKGTE->BSKE", p, d_out.astype(p.dtype), key.shape[2], wide
@@ -75,9 +76,9 @@ def _scores(inputs: Inputs, plan: Plan) -> tuple[Array, Array | None, Any]:
     query, key, _, mask, score, _, _ = inputs
     index = _indices(inputs, plan)
     turned = query.swapaxes(1, 2)
-    s = _by_keys("BKGTH,BSKH->BKGTS", turned, key if mask is None else finite(key))
+    s = _product("BKGTH,BSKH->BKGTS", turned, key if mask is None else finite(key))
     s = s * jnp.asarray(plan.scale, s.dtype)
-    good = None if mask is None else _finite_keys(key, query.shape[2])
+    good = None if mask is None else ~nonfinite_keys(key, query.shape[2])
     if good is not None:
         s = jnp.where(good, s, jnp.nan)
     back = None
@@ -103,20 +104,16 @@ def _scores(inputs: Inputs, plan: Plan) -> tuple[Array, Array | None, Any]:
 def _indices(inputs: Inputs, plan: Plan) -> tuple[Array, Array, Array, Array]:
     """The indices in the whole of rows, heads, queries and keys, to be broadcast to (B, N, T, S)."""
     (B, T, N, _), S, part = inputs.query.shape, inputs.key.shape[1], inputs.part
+    b, h, q, k = index_arrays((B, N, T, S))
 
-    def along(axis: int, length: int, first: Any, places: Any, size: int) -> Array:
-        at = jnp.arange(length, dtype=jnp.int32)
-        if places is not None:
-            at = places[at // size] * size + at % size
-        if first is not None:
-            at = at + first
-        return at.reshape([-1 if i == axis else 1 for i in range(4)])
+    def placed(at: Array, places: Any, size: int) -> Array:
+        return at if places is None else places[at // size] * size + at % size
 
     return (
-        along(0, B, part.row, None, 1),
-        along(1, N, part.head, None, 1),
-        along(2, T, None, part.queries, plan.size[0]),
-        along(3, S, None, part.keys, plan.size[1]),
+        b if part.row is None else b + part.row,
+        h if part.head is None else h + part.head,
+        placed(q, part.queries, plan.size[0]),
+        placed(k, part.keys, plan.size[1]),
     )
 
 
@@ -127,18 +124,12 @@ def _dropped(x: Array, inputs: Inputs, plan: Plan) -> Array:
     return jnp.where(kept, x / (1.0 - plan.rate), 0.0)
 
 
-def _by_keys(rule: str, x: Array, keys: Array) -> Array:
-    """Products of (B, N, T, size) with keys (B, S, K, size): (B, N, T, S), float32 at least."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    found = jnp.einsum(
-        rule, _grouped(x, keys.shape[2]), keys, preferred_element_type=wide
-    )
-    return found.reshape(*x.shape[:3], -1)
-
-
-def _by_heads(rule: str, weights: Array, keys: Array) -> Array:
-    """Sums of keys (B, S, K, size) by weights (B, N, T, S): (B, N, T, size), float32 at least."""
-    return _by_keys(rule, weights.astype(keys.dtype), keys)
+def _product(rule: str, x: Array, keys: Array) -> Array:
+    """Of (B, N, T, size or S) with keys (B, S, K, size): (B, N, T, S or size), float32 at least."""
+    wide = jnp.promote_types(keys.dtype, jnp.float32)
+    x = _grouped(x.astype(keys.dtype), keys.shape[2])
+    found = jnp.einsum(rule, x, keys, preferred_element_type=wide)
+    return found.reshape(found.shape[0], -1, *found.shape[3:])
 
 
 def _of_keys(rule: str, weights: Array, x: Array, heads: int, wide: Any) -> Array:
@@ -151,9 +142,3 @@ def _grouped(x: Array, heads: int) -> Array:
     """(B, N, T, size) -> (B, K, G, T, size)."""
     B, N, *rest = x.shape
     return x.reshape(B, heads, N // heads, *rest)
-
-
-def _finite_keys(x: Array, heads: int) -> Array:
-    """(B, N, 1, S): whether all components of a key or value are finite."""
-    good = jnp.all(jnp.isfinite(x), axis=-1).swapaxes(1, 2)
-    return jnp.repeat(good, heads // good.shape[1], axis=1)[:, :, None]

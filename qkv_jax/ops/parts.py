@@ -179,8 +179,9 @@ def cotangents(
     return Inputs(d_query, d_key, d_value, nothing, d_score, nothing, nothing)
 
 
-def finite(x: Array) -> Array:
-    return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
+def filled_up(x: Array, length: int) -> Array:
+    """(B, T, N, H) with zeros after its T rows, up to a length."""
+    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
 
 
 def all_finite(x: Array) -> Array:

@@ -67,11 +67,11 @@ def masked_logits(
     logits = jnp.einsum(
         "BTKGH,BSKH->BKGTS",
         query.reshape(B, T, K, N // K, H),
-        key if mask is None else _finite(key),
+        key if mask is None else finite(key),
         preferred_element_type=dtype,
     ).reshape(B, N, T, S) * jnp.asarray(scale, dtype)
     if mask is not None:
-        logits = jnp.where(_nonfinite_keys(key, N), jnp.nan, logits)
+        logits = jnp.where(nonfinite_keys(key, N), jnp.nan, logits)
     if score is not None:
         logits = score.over(logits)
     return logits, None if mask is None else mask.materialise((B, N, T, S))
@@ -95,7 +95,7 @@ def attend_with_logits(
     Returns:
         (B, T, N, E), dtype of query.
     """
-    logits = jnp.where(_nonfinite_keys(key, logits.shape[1]), jnp.nan, logits)
+    logits = jnp.where(nonfinite_keys(key, logits.shape[1]), jnp.nan, logits)
     B, N, T, S = logits.shape
     allowed = None if mask is None else mask.materialise((B, N, T, S))
     weights, _ = _normalise(logits, allowed)
@@ -113,12 +113,12 @@ def weighted_sum(weights: Array, value: Array, allowed: Array | None) -> Array:
     out = jnp.einsum(
         "BKGTS,BSKE->BTKGE",
         weights.reshape(B, K, N // K, T, S).astype(value.dtype),
-        value if allowed is None else _finite(value),
+        value if allowed is None else finite(value),
         preferred_element_type=weights.dtype,
     ).reshape(B, T, N, E)
     if allowed is None:
         return out
-    bad = jnp.any(allowed & _nonfinite_keys(value, N), axis=-1)
+    bad = jnp.any(allowed & nonfinite_keys(value, N), axis=-1)
     bad = jnp.broadcast_to(bad, (B, N, T)).swapaxes(1, 2)
     return jnp.where(bad[..., None], jnp.nan, out)
 
@@ -141,11 +141,12 @@ def _normalise(logits: Array, allowed: Array | None) -> tuple[Array, Array]:
     return weights, logsumexp[..., 0].swapaxes(1, 2)
 
 
-def _finite(x: Array) -> Array:
+def finite(x: Array) -> Array:
+    """`x` with 0 for what is NaN or inf."""
     return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
 
 
-def _nonfinite_keys(x: Array, heads: int) -> Array:
+def nonfinite_keys(x: Array, heads: int) -> Array:
     """(B, N, 1, S): whether any component of a key or value (B, S, K, size) is NaN or inf."""
     bad = ~jnp.all(jnp.isfinite(x), axis=-1).swapaxes(1, 2)
     return jnp.repeat(bad, heads // bad.shape[1], axis=1)[:, :, None, :]

@@ -1,6 +1,7 @@
 """Attention shared out over the devices of a mesh equals that of one device."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -230,7 +231,7 @@ def test_zigzag_gives_all_devices_the_same_work_under_a_causal_mask():
             work = blocks_looked_at(
                 masks.causal(), (1, 1, 16_384, 16_384), devices, method, (512, 512)
             )
-            assert work.sum() == 32 * 33 / 2 or method == "zigzag"
+            assert work.sum() == 32 * 33 / 2
             worst[method] = work.sum(1).max() / work.sum(1).mean() - 1
             waited = work.max(0).sum() / work.sum(1).mean() - 1
             print(
@@ -251,10 +252,13 @@ def test_neither_keys_nor_scores_are_gathered():
         out = context_parallel_attention(*arrays, mask=masks.causal(), mesh=mesh)
         return jnp.sum(out**2)
 
-    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*[shape] * 3).compile()
-    assert "all-gather" not in text.as_text()
-    assert "collective-permute" in text.as_text()
-    assert "512" not in text.as_text().split("ENTRY")[1].split("metadata")[0]
+    step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    text = step.lower(*[shape] * 3).compile().as_text()
+    assert "all-gather" not in text
+    assert "collective-permute" in text
+    shapes = {tuple(x.split(",")) for x in re.findall(r"\w\[([\d,]+)\]", text)}
+    assert any("64" in shape for shape in shapes)
+    assert not [shape for shape in shapes if "512" in shape]
 
 
 def test_long_sequences_on_a_mesh_are_shared_out_by_rows_and_heads(monkeypatch):
@@ -301,3 +305,23 @@ def test_what_does_not_go_is_one_clear_error(changes, message):
     options = {"mesh": mesh_of(context=8)} | changes
     with pytest.raises(ValueError, match=message):
         context_parallel_attention(*qkv(), **options)
+
+
+@pytest.mark.parametrize(
+    "method, message",
+    [
+        ("striped", r"one of \['ring', 'zigzag', 'ulysses'\]; got 'striped'"),
+        ("ulysses", "shares out the 4 query heads of a device over the 8 devices"),
+        ("zigzag", "an even number of queries and keys on a device; got 1 and 2"),
+    ],
+)
+def test_within_a_shard_map_it_is_the_same_error(method, message):
+    spec = PartitionSpec(None, "context")
+    shared = jax.shard_map(
+        functools.partial(shard_attention, method=method),
+        mesh=mesh_of(context=8),
+        in_specs=spec,
+        out_specs=spec,
+    )
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(shared, *qkv(T=8, S=16))

@@ -1,10 +1,14 @@
 import dataclasses
+import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from experiments.translation import multi30k
 from experiments.translation.multi30k import CONFIG
 from qkv_jax.models import seq2seq
 from qkv_jax.training import MeshConfig, RunError
@@ -75,3 +79,25 @@ def test_devices_that_share_out_the_model_hold_less_and_send_more():
 def test_a_mesh_that_does_not_fit_is_an_error_with_the_numbers():
     with pytest.raises(RunError, match="mesh: the mesh splits 'heads' into 8 parts"):
         plan_run(small(data=1, tensor=8))
+
+
+def test_plan_prints_tables_of_a_mesh_or_json():
+    # A process of its own: it asks for as many devices as the mesh has, before JAX starts.
+    command = [sys.executable, "-m", "qkv_jax", "plan"]
+    command += [str(multi30k.__file__), "--model.d-model=16"]
+    command += ["--model.d-ff=32", "--model.heads=4", "--model.encoder-layers=1"]
+    command += ["--model.decoder-layers=1", "--text.vocabulary=88"]
+    command += ["--mesh.data=1", "--mesh.fsdp=2", "--mesh.context=2"]
+
+    def run(*more):
+        done = subprocess.run(
+            [*command, *more], capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    tables = run()
+    assert "one of 4 devices holds" in tables
+    assert "all-gather" in tables and "H100" in tables and "this machine" not in tables
+    plan = json.loads(run("--json"))
+    assert plan["devices"] == 4 and plan["estimates"]["H200"]["fits"]
+    assert plan["collectives"]["collective-permute"]["bytes"] > 0
