@@ -48,6 +48,7 @@ def beam_search(
     limit: jax.Array | None = None,
     forbidden: Sequence[int] = (),
     length_penalty: Penalty = PER_TOKEN,
+    prefix: jax.Array | None = None,
     exact: bool = True,
 ) -> Hypotheses:
     """The Z best hypotheses of every row that a beam of Z finds.
@@ -77,6 +78,8 @@ def beam_search(
             hypothesis and costs no iterations.
         forbidden: further ids that are never emitted.
         length_penalty: lengths -> positive divisors, monotone in the length.
+        prefix: (B, P) integers, what each row starts with, negative for any token; counted in
+            lengths, at no cost in log-probability. None: nothing is forced.
         exact: False ends a row already when no alive hypothesis would win by ending with its next
             token. With a penalty that favours length, this takes far fewer iterations (the bound
             above is loose until near the limit) and can miss a better, longer hypothesis; with
@@ -102,6 +105,7 @@ def beam_search(
         limit=limit,
         forbidden=forbidden,
         length_penalty=length_penalty,
+        prefix=prefix,
     )
     if beams == 1:
         return greedy.search(step, cache, rules)
@@ -130,7 +134,9 @@ def _start(cache: ReorderableCache, rules: Rules, beams: int) -> _State:
 def _advance(state: _State, step: Step, rules: Rules, exact: bool) -> _State:
     beams = state.last.shape[1]
     logits, cache = step(state.last, state.cache)
-    logits, normaliser = normalise(logits, rules, tokens=state.last)
+    logits, normaliser = normalise(
+        logits, rules, tokens=state.last, length=state.length
+    )
     length = state.length + 1
     free = top_candidates(logits, normaliser, state.log_probs, count=2 * beams)
     forced = _only_eos(

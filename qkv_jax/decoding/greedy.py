@@ -36,6 +36,7 @@ def greedy_search(
     limit: jax.Array | None = None,
     forbidden: Sequence[int] = (),
     length_penalty: Penalty = PER_TOKEN,
+    prefix: jax.Array | None = None,
 ) -> Hypotheses:
     """The hypothesis that takes the likeliest token at every step, for every row.
 
@@ -55,6 +56,8 @@ def greedy_search(
             hypothesis and costs no iterations.
         forbidden: further ids that are never emitted.
         length_penalty: lengths -> divisors; it changes only `scores` here.
+        prefix: (B, P) integers, what each row starts with, negative for any token; counted in
+            lengths, at no cost in log-probability. None: nothing is forced.
 
     Returns:
         Hypotheses with Z = 1.
@@ -71,6 +74,7 @@ def greedy_search(
         limit=limit,
         forbidden=forbidden,
         length_penalty=length_penalty,
+        prefix=prefix,
     )
     return search(step, cache, rules)
 
@@ -103,7 +107,9 @@ def search(step: Step, cache: Any, rules: Rules) -> Hypotheses:
 
 def _advance(state: _State, step: Step, rules: Rules) -> _State:
     logits, cache = step(state.last[:, None], state.cache)
-    logits, normaliser = normalise(logits, rules, tokens=state.last[:, None])
+    logits, normaliser = normalise(
+        logits, rules, tokens=state.last[:, None], length=state.length
+    )
     logits, normaliser = logits[:, 0], normaliser[:, 0]
     length = state.length + 1
     chosen = jnp.where(length == rules.limits, rules.eos, _first_argmax(logits))

@@ -29,6 +29,7 @@ class Rules(NamedTuple):
         excluded: ids that are never emitted.
         max_length: M, size of the token buffer.
         limits: (B,) int32, at most M: tokens each row may have, EOS included.
+        prefix: (B, P) int32: the token that each row's step p has to take; negative: any.
     """
 
     bos: int
@@ -38,6 +39,7 @@ class Rules(NamedTuple):
     max_length: int
     limits: jax.Array
     length_penalty: Penalty
+    prefix: jax.Array | None
 
 
 def checked_rules(
@@ -50,12 +52,13 @@ def checked_rules(
     limit: jax.Array | None,
     forbidden: Sequence[int],
     length_penalty: Penalty,
+    prefix: jax.Array | None,
 ) -> Rules:
     """Rules from a search's arguments.
 
     Raises:
         ValueError: a size is below 1; an id is negative; EOS is PAD or forbidden, so that nothing
-            could end; limit is not (B,) integers.
+            could end; limit is not (B,) integers, or prefix (B, P) of them.
     """
     for name, size in (("batch_size", batch_size), ("max_length", max_length)):
         if size < 1:
@@ -77,21 +80,31 @@ def checked_rules(
             f"got {limit.dtype} of shape {limit.shape}."
         )
     limits = jnp.minimum(limit.astype(jnp.int32), full)
-    return Rules(bos, eos, pad, excluded, max_length, limits, length_penalty)
+    if prefix is not None:
+        prefix = jnp.asarray(prefix)
+        whole = jnp.issubdtype(prefix.dtype, jnp.integer)
+        if prefix.ndim != 2 or prefix.shape[0] != batch_size or not whole:
+            raise ValueError(
+                f"prefix must be integers of shape (B, P) = ({batch_size}, P); "
+                f"got {prefix.dtype} of shape {prefix.shape}."
+            )
+    return Rules(bos, eos, pad, excluded, max_length, limits, length_penalty, prefix)
 
 
 def normalise(
-    logits: jax.Array, rules: Rules, *, tokens: jax.Array
+    logits: jax.Array, rules: Rules, *, tokens: jax.Array, length: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Float32 logits with excluded ids at -inf, and what turns them into log-probabilities.
 
-    The probability of what is excluded goes to the rest: the probabilities of all hypotheses
-    that can be emitted sum to one.
+    Log-probabilities are the model's own: what is excluded keeps its probability, as in fairseq,
+    Marian and transformers, so that a score does not depend on what was excluded. A token of the
+    prefix has probability 1.
 
     Args:
         logits: what step returned.
         rules: the search's.
         tokens: (B, Z), what step was given.
+        length: () int32, tokens generated before.
 
     Returns:
         logits (B, Z, V) and normaliser (B, Z): log-probabilities are their difference, -inf (and
@@ -111,6 +124,21 @@ def normalise(
             f"eos, pad, bos and forbidden must be below V = {vocabulary}; "
             f"got {(rules.eos, *rules.excluded)}."
         )
-    logits = logits.astype(jnp.float32).at[..., jnp.array(rules.excluded)].set(-jnp.inf)
+    logits = logits.astype(jnp.float32)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
-    return logits, jnp.where(normaliser == -jnp.inf, 0.0, normaliser)
+    normaliser = jnp.where(normaliser == -jnp.inf, 0.0, normaliser)
+    logits = logits.at[..., jnp.array(rules.excluded)].set(-jnp.inf)
+    if rules.prefix is None:
+        return logits, normaliser
+    return _force(logits, normaliser, rules.prefix, length)
+
+
+def _force(
+    logits: jax.Array, normaliser: jax.Array, prefix: jax.Array, length: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    at = jnp.minimum(length, prefix.shape[1] - 1)
+    wanted = jnp.where(length < prefix.shape[1], prefix[:, at], -1)[:, None, None]
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+    only = jnp.where(ids == wanted, 0.0, -jnp.inf)
+    forced = wanted >= 0
+    return jnp.where(forced, only, logits), jnp.where(forced[..., 0], 0.0, normaliser)

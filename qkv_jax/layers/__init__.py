@@ -4,11 +4,14 @@ A parameter's `axes` metadata names its logical axes, which training/sharding.py
 """
 
 from qkv_jax.layers.attention import MultiHeadAttention as MultiHeadAttention
+from qkv_jax.layers.embedding import AddPositions as AddPositions
 from qkv_jax.layers.embedding import Embedding as Embedding
+from qkv_jax.layers.embedding import Positions as Positions
 from qkv_jax.layers.feed_forward import Activation as Activation
 from qkv_jax.layers.feed_forward import FeedForward as FeedForward
+from qkv_jax.layers.norm import Normalisation as Normalisation
+from qkv_jax.layers.norm import make_norm as make_norm
 from qkv_jax.layers.qkv import QKVAttention as QKVAttention
 from qkv_jax.layers.transformer import DecoderBlock as DecoderBlock
 from qkv_jax.layers.transformer import EncoderBlock as EncoderBlock
 from qkv_jax.layers.transformer import NormPlace as NormPlace
-from qkv_jax.layers.transformer import layer_norm as layer_norm

@@ -31,6 +31,9 @@ class MultiHeadAttention(nnx.Module):
         heads: int,
         *,
         kv_heads: int | None = None,
+        head_size: int | None = None,
+        scale: float | None = None,
+        bias: bool = True,
         dropout_rate: float = 0.0,
         context: ContextMethod = "ring",
         dtype: jnp.dtype = jnp.float32,
@@ -40,8 +43,11 @@ class MultiHeadAttention(nnx.Module):
 
         Args:
             d_model: D, width of inputs and outputs.
-            heads: N, divides D; each head has size H = D // N.
+            heads: N.
             kv_heads: K, divides N (grouped queries); default N.
+            head_size: H; default D // N, for which N divides D.
+            scale: multiplies the scores; default H ** -0.5.
+            bias: whether the projections add one.
             dropout_rate: on the attention weights.
             context: how the lengths of whole sequences are shared out, on a mesh whose axis
                 "context" is larger than 1; see `context_parallel_attention`.
@@ -49,17 +55,18 @@ class MultiHeadAttention(nnx.Module):
             rngs: stream "params" draws the parameters (Glorot uniform).
         """
         kv_heads = heads if kv_heads is None else kv_heads
-        if d_model % heads or heads % kv_heads:
+        if (head_size is None and d_model % heads) or heads % kv_heads:
             raise ValueError(
                 "heads must divide d_model, and kv_heads must divide heads; got "
                 f"d_model = {d_model}, heads = {heads}, kv_heads = {kv_heads}."
             )
-        size = d_model // heads
+        size = d_model // heads if head_size is None else head_size
 
         def project(count: int, name: str) -> nnx.LinearGeneral:
             return nnx.LinearGeneral(
                 d_model,
                 (count, size),
+                use_bias=bias,
                 dtype=dtype,
                 kernel_init=nnx.initializers.xavier_uniform(),
                 kernel_metadata={"axes": ("embed", name, "head_dim")},
@@ -74,12 +81,14 @@ class MultiHeadAttention(nnx.Module):
             (heads, size),
             d_model,
             axis=(-2, -1),
+            use_bias=bias,
             dtype=dtype,
             kernel_init=nnx.initializers.xavier_uniform(),
             kernel_metadata={"axes": ("heads", "head_dim", "embed")},
             bias_metadata={"axes": ("embed",)},
             rngs=rngs,
         )
+        self.scale = scale
         self.dropout_rate = dropout_rate
         self.context: ContextMethod = context
         self.record = False
@@ -110,6 +119,7 @@ class MultiHeadAttention(nnx.Module):
             there.value,
             mask=mask,
             score=score,
+            scale=self.scale,
             dropout_rate=0.0 if rng is None else self.dropout_rate,
             dropout_rng=rng,
             method=self.context,
@@ -120,25 +130,43 @@ class MultiHeadAttention(nnx.Module):
         """Keys and values of memory (B, S, D), to attend to many times."""
         return KVCache(key=self.key(memory), value=self.value(memory))
 
-    def attend(self, x: Array, remembered: KVCache, mask: Mask | None = None) -> Array:
+    def attend(
+        self,
+        x: Array,
+        remembered: KVCache,
+        mask: Mask | None = None,
+        score: Score | None = None,
+    ) -> Array:
         """Attends from a few x (B, T, D) to keys and values at hand: (B, T, D)."""
         query = self.query(x)
-        self._record(query, remembered, mask, None)
-        return self.out(
-            dot_product_attention(query, remembered.key, remembered.value, mask=mask)
+        self._record(query, remembered, mask, score)
+        heads = dot_product_attention(
+            query,
+            remembered.key,
+            remembered.value,
+            mask=mask,
+            score=score,
+            scale=self.scale,
         )
+        return self.out(heads)
 
     def _record(
         self, query: Array, there: KVCache, mask: Mask | None, score: Score | None
     ) -> None:
         if self.record:
-            weights = attention_weights(query, there.key, mask=mask, score=score)
+            weights = attention_weights(
+                query, there.key, mask=mask, score=score, scale=self.scale
+            )
             self.weights = nnx.Intermediate(weights)
 
     def step(
-        self, x: Array, cache: KVCache, ancestry: Ancestry
+        self,
+        x: Array,
+        cache: KVCache,
+        ancestry: Ancestry,
+        score: Score | None = None,
     ) -> tuple[Array, KVCache]:
         """One step of decoding: x (B, Z, D), one position of each of Z hypotheses a row."""
         new = self.remember(x)
         cache = cache.write(new.key, new.value, ancestry.step * x.shape[1])
-        return self.attend(x, cache, ancestry.mask()), cache
+        return self.attend(x, cache, ancestry.mask(), score), cache

@@ -1,5 +1,6 @@
 """The position-wise feed-forward layer, plain or gated."""
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -10,10 +11,11 @@ from flax import nnx
 from qkv_jax.ops import dropout
 
 Array = jax.Array
-Activation = Literal["relu", "gelu", "silu"]
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
-    "gelu": jax.nn.gelu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": jax.nn.gelu,
     "silu": jax.nn.silu,
 }
 
@@ -28,11 +30,12 @@ class FeedForward(nnx.Module):
         *,
         activation: Activation = "relu",
         gated: bool = False,
+        bias: bool = True,
         dropout_rate: float = 0.0,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Builds the layer; dropout_rate applies after the activation."""
+        """Builds the layer; dropout_rate applies after the activation; without bias, b, c, d are 0."""
         if activation not in ACTIVATIONS:
             raise ValueError(
                 f"activation must be one of {list(ACTIVATIONS)}; got {activation!r}."
@@ -42,6 +45,7 @@ class FeedForward(nnx.Module):
             return nnx.Linear(
                 wide,
                 narrow,
+                use_bias=bias,
                 dtype=dtype,
                 kernel_init=nnx.initializers.xavier_uniform(),
                 kernel_metadata={"axes": axes},

@@ -4,36 +4,32 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from qkv_jax.layers.attention import MultiHeadAttention
 from qkv_jax.layers.feed_forward import FeedForward
-from qkv_jax.ops import Ancestry, KVCache, Mask, dropout, pin, split_rng
+from qkv_jax.layers.norm import Normalisation, make_norm
+from qkv_jax.ops import Ancestry, KVCache, Mask, Score, dropout, pin, split_rng
 
 Array = jax.Array
 NormPlace = Literal["pre", "post"]
-
-
-def layer_norm(d_model: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm over D with epsilon 1e-5; statistics in float32."""
-    return nnx.LayerNorm(
-        d_model,
-        epsilon=1e-5,
-        dtype=dtype,
-        scale_metadata={"axes": ("embed",)},
-        bias_metadata={"axes": ("embed",)},
-        rngs=rngs,
-    )
 
 
 class Residual(nnx.Module):
     """x + f(norm(x)) ("pre"; Xiong et al. 2020, 2002.04745) or norm(x + f(x)) ("post")."""
 
     def __init__(
-        self, d_model: int, *, place: NormPlace, dropout_rate: float, dtype, rngs
+        self,
+        d_model: int,
+        *,
+        place: NormPlace,
+        dropout_rate: float,
+        norm: Normalisation = "layer",
+        epsilon: float = 1e-5,
+        dtype,
+        rngs,
     ):
-        self.norm = layer_norm(d_model, dtype, rngs)
+        self.norm = make_norm(d_model, norm, epsilon, dtype, rngs)
         self.place = place
         self.dropout_rate = dropout_rate
 
@@ -61,12 +57,19 @@ class EncoderBlock(nnx.Module):
         self.after_feed_forward = Residual(d_model, **residual, rngs=rngs)
 
     def __call__(
-        self, x: Array, *, mask: Mask | None, rng: Array | None = None
+        self,
+        x: Array,
+        *,
+        mask: Mask | None,
+        score: Score | None = None,
+        rng: Array | None = None,
     ) -> Array:
         """x (B, S, D) -> (B, S, D); rng draws every dropout, None: none."""
         rngs = split_rng(rng, 4)
         x = self.after_attention(
-            x, lambda y: self.attention(y, mask=mask, rng=rngs[0]), rng=rngs[1]
+            x,
+            lambda y: self.attention(y, mask=mask, score=score, rng=rngs[0]),
+            rng=rngs[1],
         )
         return self.after_feed_forward(
             x, lambda y: self.feed_forward(y, rng=rngs[2]), rng=rngs[3]
@@ -94,12 +97,15 @@ class DecoderBlock(nnx.Module):
         *,
         mask: Mask | None,
         memory_mask: Mask | None,
+        score: Score | None = None,
         rng: Array | None = None,
     ) -> Array:
-        """x (B, T, D) and the encoder's memory (B, S, D) -> (B, T, D)."""
+        """x (B, T, D) and the encoder's memory (B, S, D) -> (B, T, D); score: of self-attention."""
         rngs = split_rng(rng, 6)
         x = self.after_attention(
-            x, lambda y: self.attention(y, mask=mask, rng=rngs[0]), rng=rngs[1]
+            x,
+            lambda y: self.attention(y, mask=mask, score=score, rng=rngs[0]),
+            rng=rngs[1],
         )
         x = self.after_cross(
             x,
@@ -118,12 +124,13 @@ class DecoderBlock(nnx.Module):
         *,
         ancestry: Ancestry,
         memory_mask: Mask | None,
+        score: Score | None = None,
     ) -> tuple[Array, KVCache]:
         """One position of each of Z hypotheses a row: x (B, Z, D) -> (B, Z, D), new cache."""
         written: dict[str, Any] = {}
 
         def attend(y: Array) -> Array:
-            out, written["cache"] = self.attention.step(y, cache, ancestry)
+            out, written["cache"] = self.attention.step(y, cache, ancestry, score)
             return out
 
         x = self.after_attention(x, attend)

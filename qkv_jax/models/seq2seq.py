@@ -1,193 +1,55 @@
 """The encoder-decoder Transformer of Vaswani et al. 2017 (arXiv 1706.03762)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from qkv_jax.layers import (
-    Activation,
+    AddPositions,
     DecoderBlock,
     Embedding,
     EncoderBlock,
     MultiHeadAttention,
-    NormPlace,
-    layer_norm,
+    make_norm,
+)
+from qkv_jax.models.seq2seq_config import (
+    Config,
+    base,
+    big,
+    check_heads,
+    small,
+    tiny,
+    train_flops,
 )
 from qkv_jax.ops import (
     Ancestry,
-    ContextMethod,
     KVCache,
-    check_method,
+    Score,
     masks,
     pin,
+    scores,
     segment_positions,
     split_rng,
 )
 
+__all__ = [
+    "Cache",
+    "Config",
+    "Model",
+    "Segments",
+    "base",
+    "big",
+    "check_heads",
+    "small",
+    "tiny",
+    "train_flops",
+]
+
 Array = jax.Array
-
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "activation": get_args(Activation),
-    "norm": get_args(NormPlace),
-    "tie": ("all", "target", "none"),
-    "dtype": ("float32", "bfloat16"),
-    "context": get_args(ContextMethod),
-}
-SIZES = ("d_model", "d_ff", "heads", "encoder_layers", "decoder_layers")
-RATES = ("dropout", "embedding_dropout", "attention_dropout", "activation_dropout")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Sizes and choices of the model.
-
-    Attributes:
-        vocabulary: V, shared by source and target; 0: the tokeniser's, filled in by the task.
-        d_model: D.
-        d_ff: F.
-        heads: N.
-        kv_heads: K, divides N; None: N.
-        encoder_layers, decoder_layers: L on each side.
-        activation, gated: of the feed-forward layers.
-        norm: "post" (as published) or "pre" (with a final norm on each side).
-        tie: which embeddings are one table: source, target and output ("all"), target and
-            output ("target"), or none.
-        dropout: on each sublayer's output.
-        embedding_dropout: on the embeddings; None: as `dropout`.
-        attention_dropout, activation_dropout: on attention weights; after the activation.
-        dtype: of the computation; parameters are float32 always.
-        pad: the token that fills up rows and is never attended to.
-        context: how attention shares out the lengths, on a mesh whose axis "context" is larger
-            than 1: "ring", "zigzag" or "ulysses", see `context_parallel_attention`. The same is
-            computed by each.
-    """
-
-    vocabulary: int = 0
-    d_model: int = 512
-    d_ff: int = 2048
-    heads: int = 8
-    kv_heads: int | None = None
-    encoder_layers: int = 6
-    decoder_layers: int = 6
-    activation: Activation = "relu"
-    gated: bool = False
-    norm: NormPlace = "post"
-    tie: Literal["all", "target", "none"] = "all"
-    dropout: float = 0.1
-    embedding_dropout: float | None = None
-    attention_dropout: float = 0.0
-    activation_dropout: float = 0.0
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    pad: int = 0
-    context: ContextMethod = "ring"
-
-    def __post_init__(self):
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {list(choices)}; got {getattr(self, name)!r}."
-                )
-        for name in SIZES:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
-        for name in RATES:
-            rate = getattr(self, name)
-            if rate is not None and not 0.0 <= rate < 1.0:
-                raise ValueError(f"{name} must be in [0, 1); got {rate}.")
-        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
-        if kv_heads < 1 or self.d_model % (2 * self.heads) or self.heads % kv_heads:
-            raise ValueError(
-                "heads must divide d_model into even sizes and kv_heads must divide heads; got "
-                f"d_model = {self.d_model}, heads = {self.heads}, kv_heads = {self.kv_heads}."
-            )
-        if self.vocabulary < 0:
-            raise ValueError(f"vocabulary must be positive; got {self.vocabulary}.")
-        if self.pad < 0 or 0 < self.vocabulary <= self.pad:
-            raise ValueError(
-                f"pad must be a token of the vocabulary of {self.vocabulary}; got {self.pad}."
-            )
-
-
-def tiny(**changes: Any) -> Config:
-    """4+4 layers, d128, ff256, 4 heads, dropout 0.3: 2.6M parameters at V = 9,700.
-
-    Source: Wu et al. 2021, arXiv 2105.14462 (Multi30k).
-    """
-    sizes: dict[str, Any] = {
-        "d_model": 128,
-        "d_ff": 256,
-        "heads": 4,
-        "encoder_layers": 4,
-        "decoder_layers": 4,
-        "dropout": 0.3,
-    }
-    return Config(**(sizes | changes))
-
-
-def small(**changes: Any) -> Config:
-    """6+6 layers, d512, ff1024, 4 heads, dropout 0.3: 36.5M parameters at V = 9,700.
-
-    Source: fairseq's `transformer_iwslt_de_en`.
-    """
-    sizes: dict[str, Any] = {"d_model": 512, "d_ff": 1024, "heads": 4, "dropout": 0.3}
-    return Config(**(sizes | changes))
-
-
-def base(**changes: Any) -> Config:
-    """6+6 layers, d512, ff2048, 8 heads: 63M parameters at V = 37,000.
-
-    Source: Vaswani et al. 2017, table 3, which gives 65M.
-    """
-    return Config(**changes)
-
-
-def big(**changes: Any) -> Config:
-    """6+6 layers, d1024, ff4096, 16 heads, dropout 0.3: 214M parameters at V = 37,000.
-
-    Source: Vaswani et al. 2017, table 3, which gives 213M.
-    """
-    sizes: dict[str, Any] = {"d_model": 1024, "d_ff": 4096, "heads": 16, "dropout": 0.3}
-    return Config(**(sizes | changes))
-
-
-def train_flops(config: Config, *, rows: int, source: int, target: int) -> float:
-    """Floating-point operations of the matrix products of an update, forward and backward.
-
-    Attention counts all pairs, masked or not.
-
-    Args:
-        config: of the model.
-        rows: B.
-        source, target: S and T, padding included.
-    """
-    D, F, V = config.d_model, config.d_ff, config.vocabulary
-    kv_share = (config.kv_heads or config.heads) / config.heads
-    ends = 2 * D * D  # queries and output, multiply-adds a token
-    keys = 2 * kv_share * D * D
-    feed = (3 if config.gated else 2) * D * F
-    encoder = source * (ends + keys + feed + 2 * source * D)
-    decoder = target * (2 * ends + keys + feed + 2 * (target + source) * D)
-    decoder += source * keys
-    layers = config.encoder_layers * encoder + config.decoder_layers * decoder
-    return 3 * 2.0 * rows * (layers + target * D * V)
-
-
-def check_heads(config: Config, mesh: Mapping[str, int]) -> None:
-    """Raises ValueError if `config.context` cannot share the heads out as a mesh asks.
-
-    Args:
-        config: of the model.
-        mesh: the sizes of its axes.
-    """
-    context, tensor = (mesh.get(name, 1) for name in ("context", "tensor"))
-    whole = config.heads % tensor
-    heads = config.heads if whole else config.heads // tensor
-    check_method(config.context, heads=heads, devices=context)
 
 
 @jax.tree_util.register_dataclass
@@ -236,58 +98,71 @@ class Model(nnx.Module):
             raise ValueError(f"vocabulary must be positive; got {config.vocabulary}.")
         self.config = config
         dtype = jnp.dtype(config.dtype)
-        kinds: dict[str, Any] = {
-            "attention": {
-                "heads": config.heads,
-                "kv_heads": config.kv_heads,
-                "dropout_rate": config.attention_dropout,
-                "context": config.context,
-                "dtype": dtype,
-            },
-            "feed_forward": {
-                "d_ff": config.d_ff,
-                "activation": config.activation,
-                "gated": config.gated,
-                "dropout_rate": config.activation_dropout,
-                "dtype": dtype,
-            },
-            "residual": {
-                "place": config.norm,
-                "dropout_rate": config.dropout,
-                "dtype": dtype,
-            },
-        }
 
-        def embedding() -> Embedding:
-            rate = config.embedding_dropout
+        def norm() -> Any:
+            return make_norm(
+                config.d_model, config.normalisation, config.epsilon, dtype, rngs
+            )
+
+        def embedding(vocabulary: int) -> Embedding:
             return Embedding(
-                config.vocabulary,
+                vocabulary,
                 config.d_model,
+                scale=config.embedding_scale,
+                zero=config.pad if config.zero_pad else None,
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        def positions() -> AddPositions:
+            rate = config.embedding_dropout
+            return AddPositions(
+                config.d_model,
+                positions=config.positions,
+                offset=config.position_offset,
+                longest=config.max_positions,
+                norm=config.normalisation if config.embedding_norm else None,
+                epsilon=config.epsilon,
                 dropout_rate=config.dropout if rate is None else rate,
                 dtype=dtype,
                 rngs=rngs,
             )
 
-        def final_norm() -> nnx.LayerNorm | None:
-            return (
-                layer_norm(config.d_model, dtype, rngs)
-                if config.norm == "pre"
-                else None
-            )
+        def bias(heads: int) -> nnx.Param | None:
+            if config.positions != "relative":
+                return None
+            init = nnx.initializers.normal(stddev=config.d_model**-0.5)
+            table = init(rngs.params(), (config.relative_buckets, heads), jnp.float32)
+            return nnx.Param(table, axes=(None, "heads"))
 
-        self.target_embedding = embedding()
-        self.source_embedding = None if config.tie == "all" else embedding()
-        self.output = embedding() if config.tie == "none" else None
+        self.target_embedding = embedding(config.vocabulary)
+        self.source_embedding = (
+            embedding(config.source_vocabulary or config.vocabulary)
+            if config.tie in ("target", "none")
+            else None
+        )
+        self.output = (
+            embedding(config.vocabulary) if config.tie in ("input", "none") else None
+        )
+        self.output_bias = (
+            nnx.Param(jnp.zeros(config.vocabulary), axes=("vocab",))
+            if config.output_bias
+            else None
+        )
+        self.source_positions, self.target_positions = positions(), positions()
+        encoder, decoder = _kinds(config, "encoder"), _kinds(config, "decoder")
+        self.encoder_bias = bias(encoder["attention"]["heads"])
+        self.decoder_bias = bias(decoder["attention"]["heads"])
         self.encoder = nnx.List(
-            EncoderBlock(config.d_model, **kinds, rngs=rngs)
+            EncoderBlock(config.d_model, **encoder, rngs=rngs)
             for _ in range(config.encoder_layers)
         )
         self.decoder = nnx.List(
-            DecoderBlock(config.d_model, **kinds, rngs=rngs)
+            DecoderBlock(config.d_model, **decoder, rngs=rngs)
             for _ in range(config.decoder_layers)
         )
-        self.encoder_norm = final_norm()
-        self.decoder_norm = final_norm()
+        self.encoder_norm = norm() if config.norm == "pre" else None
+        self.decoder_norm = norm() if config.norm == "pre" else None
 
     def __call__(
         self,
@@ -340,9 +215,12 @@ class Model(nnx.Module):
             if self.source_embedding is None
             else self.source_embedding
         )
-        x = embed(source, _positions(source, segments), rng=rngs[0])
+        x = self.source_positions(
+            embed(source), _positions(source, segments), rng=rngs[0]
+        )
+        score = self._relative(self.encoder_bias, bidirectional=True)
         for block, block_rng in zip(self.encoder, rngs[1:]):
-            x = block(x, mask=mask, rng=block_rng)
+            x = block(x, mask=mask, score=score, rng=block_rng)
         x = x if self.encoder_norm is None else self.encoder_norm(x)
         return pin(x, "batch", "length"), lengths
 
@@ -358,18 +236,62 @@ class Model(nnx.Module):
         """Target tokens (B, T) and the encoder's memory (B, S, D) -> states (B, T, D)."""
         rngs = split_rng(rng, len(self.decoder) + 1)
         positions = _positions(target, None if segments is None else segments.target)
-        x = self.target_embedding(target, positions, rng=rngs[0])
+        x = self.target_positions(self.target_embedding(target), positions, rng=rngs[0])
+        score = self._relative(self.decoder_bias, bidirectional=False)
         mask, memory_mask = masks.causal(), masks.lengths(key=source_lengths)
         if segments is not None:
             mask = mask & masks.segments(segments.target)
             memory_mask = masks.segments(segments.target, segments.source)
         for block, block_rng in zip(self.decoder, rngs[1:]):
-            x = block(x, memory, mask=mask, memory_mask=memory_mask, rng=block_rng)
+            x = block(
+                x,
+                memory,
+                mask=mask,
+                memory_mask=memory_mask,
+                score=score,
+                rng=block_rng,
+            )
         return x if self.decoder_norm is None else self.decoder_norm(x)
 
     def logits(self, states: Array) -> Array:
         """Decoder states (..., D) -> logits (..., V) in the computation's dtype."""
-        return self.output_embedding.logits(states)
+        if self.config.output_scale != 1.0:
+            states = states * self.config.output_scale
+        logits = self.output_embedding.logits(states)
+        if self.output_bias is None:
+            return logits
+        bias = self.output_bias[...].astype(logits.dtype)
+        return logits + bias.reshape((1,) * (logits.ndim - 1) + (-1,))
+
+    def projection(self, states: Array) -> tuple[Array, Array]:
+        """Decoder states (B, T, D) -> x (B, T, W) and table (V, W), whose product is the logits."""
+        if self.config.output_scale != 1.0:
+            states = states * self.config.output_scale
+        table = self.output_embedding.weights()
+        if self.output_bias is None:
+            return states, table
+        one = jnp.ones_like(states[..., :1])
+        bias = self.output_bias[...][:, None]
+        return jnp.concatenate([states, one], -1), jnp.concatenate([table, bias], -1)
+
+    def _relative(self, table: Any, *, bidirectional: bool) -> Score | None:
+        if table is None:
+            return None
+        return scores.relative_bias(
+            table[...], bidirectional, self.config.relative_distance
+        )
+
+    def _relative_step(self, ancestry: Ancestry) -> Score | None:
+        """The decoder's bias for the slots of a cache, where slot s holds step s // Z."""
+        if self.decoder_bias is None:
+            return None
+        table = self.decoder_bias[...]
+        _, Z, steps = ancestry.slots.shape
+        distance = jnp.repeat(jnp.arange(steps), Z) - ancestry.step
+        buckets = scores.relative_buckets(
+            distance, table.shape[0], False, self.config.relative_distance
+        )
+        return scores.bias(table[buckets].T[None, :, None])
 
     @property
     def output_embedding(self) -> Embedding:
@@ -421,8 +343,7 @@ class Model(nnx.Module):
     ) -> Cache:
         """An empty cache for `steps` steps of `hypotheses` (Z) prefixes of each row of memory."""
         config, batch = self.config, memory.shape[0]
-        heads = config.kv_heads or config.heads
-        size = config.d_model // config.heads
+        _, heads, size, _ = config.side("decoder")
         return Cache(
             layers=tuple(
                 KVCache.zeros(batch, steps * hypotheses, heads, size, memory.dtype)
@@ -435,12 +356,19 @@ class Model(nnx.Module):
 
     def decode_step(self, tokens: Array, cache: Cache) -> tuple[Array, Cache]:
         """The last token of each hypothesis (B, Z) -> logits of the next (B, Z, V), new cache."""
-        x = self.target_embedding(tokens, cache.ancestry.step[None, None])
+        x = self.target_embedding(tokens)
+        x = self.target_positions(x, cache.ancestry.step[None, None])
+        score = self._relative_step(cache.ancestry)
         memory_mask = masks.lengths(key=cache.source_lengths)
         layers = []
         for block, layer, remembered in zip(self.decoder, cache.layers, cache.memory):
             x, layer = block.step(
-                x, layer, remembered, ancestry=cache.ancestry, memory_mask=memory_mask
+                x,
+                layer,
+                remembered,
+                ancestry=cache.ancestry,
+                memory_mask=memory_mask,
+                score=score,
             )
             layers.append(layer)
         x = x if self.decoder_norm is None else self.decoder_norm(x)
@@ -452,3 +380,36 @@ def _positions(tokens: Array, segments: Array | None) -> Array:
     if segments is None:
         return jnp.arange(tokens.shape[1])[None]
     return segment_positions(segments)
+
+
+def _kinds(config: Config, side: Literal["encoder", "decoder"]) -> dict[str, Any]:
+    """The arguments of a side's sublayers."""
+    heads, kv_heads, size, width = config.side(side)
+    dtype = jnp.dtype(config.dtype)
+    return {
+        "attention": {
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_size": size,
+            "scale": config.attention_scale,
+            "bias": config.bias,
+            "dropout_rate": config.attention_dropout,
+            "context": config.context,
+            "dtype": dtype,
+        },
+        "feed_forward": {
+            "d_ff": width,
+            "activation": config.activation,
+            "gated": config.gated,
+            "bias": config.bias,
+            "dropout_rate": config.activation_dropout,
+            "dtype": dtype,
+        },
+        "residual": {
+            "place": config.norm,
+            "dropout_rate": config.dropout,
+            "norm": config.normalisation,
+            "epsilon": config.epsilon,
+            "dtype": dtype,
+        },
+    }

@@ -190,6 +190,7 @@ def mesh_attention(
     *,
     mask: Mask | None = None,
     score: Score | None = None,
+    scale: float | Array | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
     method: ContextMethod = "ring",
@@ -205,6 +206,7 @@ def mesh_attention(
     options: dict[str, Any] = {
         "mask": mask,
         "score": score,
+        "scale": scale,
         "dropout_rate": dropout_rate,
         "dropout_rng": dropout_rng,
     }

@@ -9,7 +9,11 @@ Array = jax.Array
 
 
 def sinusoids(
-    positions: Array, width: int, *, max_wavelength: float = 10_000.0
+    positions: Array,
+    width: int,
+    *,
+    max_wavelength: float = 10_000.0,
+    inclusive: bool = False,
 ) -> Array:
     """Sinusoidal encodings of integer or real positions.
 
@@ -17,6 +21,8 @@ def sinusoids(
         positions: any shape.
         width: D, even.
         max_wavelength: the longest period is this times 2 pi positions.
+        inclusive: whether the longest period is reached, as in tensor2tensor, or is the next in
+            the series, as published.
 
     Returns:
         positions.shape + (D,), float32: the first D/2 components are sines, the others cosines,
@@ -27,7 +33,8 @@ def sinusoids(
     """
     if width < 2 or width % 2:
         raise ValueError(f"width must be even and at least 2; got {width}.")
-    steps = jnp.arange(width // 2, dtype=jnp.float32) / (width // 2)
+    intervals = max(1, width // 2 - 1) if inclusive else width // 2
+    steps = jnp.arange(width // 2, dtype=jnp.float32) / intervals
     rates = jnp.exp(-jnp.log(jnp.float32(max_wavelength)) * steps)
     angles = jnp.expand_dims(jnp.asarray(positions, jnp.float32), -1) * jnp.reshape(
         rates, (1,) * jnp.ndim(positions) + (-1,)

@@ -106,8 +106,7 @@ def make_loss(config: seq2seq.Config, label_smoothing: float) -> training.step.L
         states = model.states(batch["source"], shifted, segments=segments, rng=rng)
         weights = (target != PAD).astype(jnp.float32)
         loss, nll, correct = projected_cross_entropy(
-            states,
-            model.output_embedding.table[...],
+            *model.projection(states),
             target,
             weights,
             label_smoothing,

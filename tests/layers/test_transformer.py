@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qkv_jax.layers import DecoderBlock, EncoderBlock, layer_norm
+from qkv_jax.layers import DecoderBlock, EncoderBlock, make_norm
 from qkv_jax.ops import Ancestry, KVCache, masks
 
 D = 8
@@ -92,7 +92,7 @@ def test_decoder_steps_equal_the_whole_pass(place):
 
 def test_norms_have_float32_statistics_in_bfloat16():
     x = (X + 100).astype(jnp.bfloat16)
-    norm = layer_norm(D, jnp.bfloat16, nnx.Rngs(0))
+    norm = make_norm(D, "layer", 1e-5, jnp.bfloat16, nnx.Rngs(0))
     assert norm(x).dtype == jnp.bfloat16
     np.testing.assert_allclose(
         norm(x).astype(jnp.float32), normed(x.astype(jnp.float32)), atol=2e-2

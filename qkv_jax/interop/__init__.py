@@ -1,0 +1,7 @@
+"""Checkpoints of other software, in and out: Hugging Face directories of translation models."""
+
+from qkv_jax.interop.errors import InteropError as InteropError
+from qkv_jax.interop.pretrained import Pretrained as Pretrained
+from qkv_jax.interop.pretrained import load as load
+from qkv_jax.interop.pretrained import save as save
+from qkv_jax.interop.tensors import read_tensors as read_tensors

@@ -1,0 +1,252 @@
+"""Sizes and choices of the encoder-decoder Transformer, its presets, and what they cost."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from qkv_jax.layers import Activation, Normalisation, NormPlace, Positions
+from qkv_jax.ops import ContextMethod, check_method
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "activation": get_args(Activation),
+    "norm": get_args(NormPlace),
+    "normalisation": get_args(Normalisation),
+    "positions": get_args(Positions),
+    "tie": ("all", "target", "input", "none"),
+    "dtype": ("float32", "bfloat16"),
+    "context": get_args(ContextMethod),
+}
+SIZES = (
+    "d_model",
+    "d_ff",
+    "heads",
+    "encoder_layers",
+    "decoder_layers",
+    "max_positions",
+    "relative_buckets",
+    "relative_distance",
+)
+OPTIONAL_SIZES = ("source_vocabulary", "head_size", "decoder_heads", "decoder_d_ff")
+RATES = ("dropout", "embedding_dropout", "attention_dropout", "activation_dropout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sizes and choices of the model.
+
+    Attributes:
+        vocabulary: V, of the target, and of the source where `source_vocabulary` is None; 0: the
+            tokeniser's, filled in by the task.
+        source_vocabulary: tokens of the source, where they are others.
+        d_model: D.
+        d_ff: F.
+        heads: N.
+        kv_heads: K, divides N; None: N.
+        head_size: H; None: D // N.
+        decoder_heads, decoder_d_ff: N and F of the decoder; None: as the encoder's.
+        encoder_layers, decoder_layers: L on each side.
+        activation, gated: of the feed-forward layers.
+        norm: "post" (as published) or "pre" (with a final norm on each side).
+        normalisation, epsilon: "layer" or "rms"; what is added to the variance.
+        bias: whether projections and feed-forward layers add one.
+        attention_scale: multiplies the scores; None: H ** -0.5.
+        tie: which embeddings are one table: source, target and output ("all"), target and
+            output ("target"), source and target ("input"), or none.
+        positions: "sinusoid" or "sinusoid_inclusive" (see `AddPositions`), "learned" (tables of
+            `max_positions`), or "relative" (T5's learned bias on the scores of self-attention,
+            one table a side, of `relative_buckets` up to `relative_distance`).
+        position_offset: what the first position counts as.
+        max_positions: the longest sequence, where positions are learned.
+        relative_buckets, relative_distance: see `scores.relative_bias`.
+        embedding_scale: whether token vectors are multiplied by sqrt(D).
+        embedding_norm: whether the sum of token and position is normalised.
+        output_bias: whether logits have a bias.
+        output_scale: multiplies the decoder's states before the output projection.
+        zero_pad: whether the vector of `pad` is 0 and stays so (a decoder can start from it).
+        dropout: on each sublayer's output.
+        embedding_dropout: on the embeddings; None: as `dropout`.
+        attention_dropout, activation_dropout: on attention weights; after the activation.
+        dtype: of the computation; parameters are float32 always.
+        pad: the token that fills up rows and is never attended to.
+        context: how attention shares out the lengths, on a mesh whose axis "context" is larger
+            than 1: "ring", "zigzag" or "ulysses", see `context_parallel_attention`. The same is
+            computed by each.
+    """
+
+    vocabulary: int = 0
+    source_vocabulary: int | None = None
+    d_model: int = 512
+    d_ff: int = 2048
+    heads: int = 8
+    kv_heads: int | None = None
+    head_size: int | None = None
+    decoder_heads: int | None = None
+    decoder_d_ff: int | None = None
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    activation: Activation = "relu"
+    gated: bool = False
+    norm: NormPlace = "post"
+    normalisation: Normalisation = "layer"
+    epsilon: float = 1e-5
+    bias: bool = True
+    attention_scale: float | None = None
+    tie: Literal["all", "target", "input", "none"] = "all"
+    positions: Positions = "sinusoid"
+    position_offset: int = 0
+    max_positions: int = 1024
+    relative_buckets: int = 32
+    relative_distance: int = 128
+    embedding_scale: bool = True
+    embedding_norm: bool = False
+    output_bias: bool = False
+    output_scale: float = 1.0
+    zero_pad: bool = False
+    dropout: float = 0.1
+    embedding_dropout: float | None = None
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    pad: int = 0
+    context: ContextMethod = "ring"
+
+    def __post_init__(self):
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {list(choices)}; got {getattr(self, name)!r}."
+                )
+        for name in SIZES:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
+        for name in RATES:
+            rate = getattr(self, name)
+            if rate is not None and not 0.0 <= rate < 1.0:
+                raise ValueError(f"{name} must be in [0, 1); got {rate}.")
+        for name in OPTIONAL_SIZES:
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be positive, or None; got {size}.")
+        self._check_heads()
+        if self.d_model % 2 and self.positions.startswith("sinusoid"):
+            raise ValueError(f"sinusoids need an even d_model; got {self.d_model}.")
+        if self.source_vocabulary and self.tie in ("all", "input"):
+            raise ValueError(
+                f'source_vocabulary needs tie = "target" or "none"; got {self.tie!r}.'
+            )
+        if self.position_offset < 0:
+            raise ValueError(
+                f"position_offset must not be negative; got {self.position_offset}."
+            )
+        if not self.epsilon > 0:
+            raise ValueError(f"epsilon must be positive; got {self.epsilon}.")
+        if self.vocabulary < 0:
+            raise ValueError(f"vocabulary must be positive; got {self.vocabulary}.")
+        if self.pad < 0 or 0 < self.vocabulary <= self.pad:
+            raise ValueError(
+                f"pad must be a token of the vocabulary of {self.vocabulary}; got {self.pad}."
+            )
+
+    def _check_heads(self) -> None:
+        for heads in {self.heads, self.decoder_heads or self.heads}:
+            kv_heads = self.kv_heads or heads
+            if self.kv_heads == 0 or heads % kv_heads:
+                raise ValueError(
+                    f"kv_heads must divide heads; got heads = {heads}, kv_heads = {self.kv_heads}."
+                )
+            if self.head_size is None and self.d_model % heads:
+                raise ValueError(
+                    "heads must divide d_model, or head_size be given; got "
+                    f"d_model = {self.d_model}, heads = {heads}."
+                )
+
+    def side(self, name: Literal["encoder", "decoder"]) -> tuple[int, int, int, int]:
+        """Heads N, key heads K, head size H and feed-forward width F of a side."""
+        heads, width = self.heads, self.d_ff
+        if name == "decoder":
+            heads, width = self.decoder_heads or heads, self.decoder_d_ff or width
+        return (
+            heads,
+            self.kv_heads or heads,
+            self.head_size or self.d_model // heads,
+            width,
+        )
+
+
+def tiny(**changes: Any) -> Config:
+    """4+4 layers, d128, ff256, 4 heads, dropout 0.3: 2.6M parameters at V = 9,700.
+
+    Source: Wu et al. 2021, arXiv 2105.14462 (Multi30k).
+    """
+    sizes: dict[str, Any] = {
+        "d_model": 128,
+        "d_ff": 256,
+        "heads": 4,
+        "encoder_layers": 4,
+        "decoder_layers": 4,
+        "dropout": 0.3,
+    }
+    return Config(**(sizes | changes))
+
+
+def small(**changes: Any) -> Config:
+    """6+6 layers, d512, ff1024, 4 heads, dropout 0.3: 36.5M parameters at V = 9,700.
+
+    Source: fairseq's `transformer_iwslt_de_en`.
+    """
+    sizes: dict[str, Any] = {"d_model": 512, "d_ff": 1024, "heads": 4, "dropout": 0.3}
+    return Config(**(sizes | changes))
+
+
+def base(**changes: Any) -> Config:
+    """6+6 layers, d512, ff2048, 8 heads: 63M parameters at V = 37,000.
+
+    Source: Vaswani et al. 2017, table 3, which gives 65M.
+    """
+    return Config(**changes)
+
+
+def big(**changes: Any) -> Config:
+    """6+6 layers, d1024, ff4096, 16 heads, dropout 0.3: 214M parameters at V = 37,000.
+
+    Source: Vaswani et al. 2017, table 3, which gives 213M.
+    """
+    sizes: dict[str, Any] = {"d_model": 1024, "d_ff": 4096, "heads": 16, "dropout": 0.3}
+    return Config(**(sizes | changes))
+
+
+def train_flops(config: Config, *, rows: int, source: int, target: int) -> float:
+    """Floating-point operations of the matrix products of an update, forward and backward.
+
+    Attention counts all pairs, masked or not.
+
+    Args:
+        config: of the model.
+        rows: B.
+        source, target: S and T, padding included.
+    """
+    D, V = config.d_model, config.vocabulary
+    matrices = 3 if config.gated else 2
+    N, K, H, F = config.side("encoder")
+    # Queries and output, keys and values, feed-forward: multiply-adds a token.
+    ends, keys, feed = 2 * D * N * H, 2 * D * K * H, matrices * D * F
+    encoder = source * (ends + keys + feed + 2 * source * N * H)
+    N, K, H, F = config.side("decoder")
+    ends, keys, feed = 2 * D * N * H, 2 * D * K * H, matrices * D * F
+    decoder = target * (2 * ends + keys + feed + 2 * (target + source) * N * H)
+    decoder += source * keys
+    layers = config.encoder_layers * encoder + config.decoder_layers * decoder
+    return 3 * 2.0 * rows * (layers + target * D * V)
+
+
+def check_heads(config: Config, mesh: Mapping[str, int]) -> None:
+    """Raises ValueError if `config.context` cannot share the heads out as a mesh asks.
+
+    Args:
+        config: of the model.
+        mesh: the sizes of its axes.
+    """
+    context, tensor = (mesh.get(name, 1) for name in ("context", "tensor"))
+    for count in {config.heads, config.decoder_heads or config.heads}:
+        heads = count if count % tensor else count // tensor
+        check_method(config.context, heads=heads, devices=context)
