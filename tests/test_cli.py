@@ -311,7 +311,7 @@ def test_a_file_that_is_no_experiment_is_refused(tmp_path, fail, content, expect
         ("--training.steps", "--training.steps"),
         ("--model.norm middle", "'middle'"),
         ("--training.steps 0", "steps must be at least 1; got 0."),
-        ("--model.heads 3", "heads must divide d_model into even sizes"),
+        ("--model.heads 3", "heads must divide d_model, or head_size"),
         ("--label-smoothing 2", "label_smoothing must be in [0, 1); got 2.0."),
         ("--optimizer.warmup-steps 9", "warmup_steps must be less than the 2 steps"),
         ("--training.metric loss", "mode must be 'min' for the metric 'loss'"),

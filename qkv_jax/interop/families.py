@@ -222,6 +222,16 @@ def _learned(keys: Keys) -> dict[str, Any]:
 
 
 def _t5(keys: Keys) -> dict[str, Any]:
+    # Before the key, outputs were scaled where they were tied to the embeddings.
+    return _t5_like(keys, scaled=keys.since("tie_word_embeddings", True))
+
+
+def _mt5(keys: Keys) -> dict[str, Any]:
+    keys.since("tie_word_embeddings", False)
+    return _t5_like(keys, scaled=False)
+
+
+def _t5_like(keys: Keys, *, scaled: bool) -> dict[str, Any]:
     keys.fixed(is_encoder_decoder=True, is_decoder=False)
     kind = keys.since("feed_forward_proj", "relu")
     gated, name = kind.startswith("gated-"), kind.removeprefix("gated-")
@@ -229,9 +239,7 @@ def _t5(keys: Keys) -> dict[str, Any]:
     if activation not in ACTIVATIONS:
         keys.problems.append(f"config key 'feed_forward_proj' is {kind!r}: unknown")
     keys.fixed(is_gated_act=gated, dense_act_fn=activation)
-    # Before the key, outputs were scaled where they were tied to the embeddings.
-    tied = keys.since("tie_word_embeddings", True)
-    scaled = keys.since("scale_decoder_outputs", tied)
+    scaled = keys.since("scale_decoder_outputs", scaled)
     layers, width = keys("num_layers"), keys("d_model")
     keys("vocab_size")
     rate = keys("dropout_rate")
@@ -267,5 +275,5 @@ FAMILIES = {
     "bart": Family(_bart),
     "mbart": Family(_mbart),
     "t5": Family(_t5, prefix="", t5=True),
-    "mt5": Family(_t5, prefix="", t5=True),
+    "mt5": Family(_mt5, prefix="", t5=True),
 }

@@ -102,7 +102,6 @@ class AddPositions(nnx.Module):
         """
         self.positions: Positions = positions
         self.offset = offset
-        self.table = None
         if positions == "learned":
             init = nnx.initializers.normal(stddev=d_model**-0.5)
             shape = (longest + offset, d_model)
@@ -114,7 +113,7 @@ class AddPositions(nnx.Module):
 
     def __call__(self, x: Array, places: Array, *, rng: Array | None = None) -> Array:
         """Token vectors (B, T, D) at places that broadcast to (B, T): (B, T, D)."""
-        if self.table is not None:
+        if self.positions == "learned":
             x = x + self.table[...][places + self.offset]
         elif self.positions != "relative":
             inclusive = self.positions == "sinusoid_inclusive"

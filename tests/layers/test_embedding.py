@@ -14,8 +14,8 @@ def layer(vocabulary=10, **options):
     return Embedding(vocabulary, 8, rngs=nnx.Rngs(0), **options)
 
 
-def start(x, positions=POSITIONS, *, rng=None, **options):
-    return AddPositions(8, rngs=nnx.Rngs(0), **options)(x, positions, rng=rng)
+def start(x, places=POSITIONS, *, rng=None, **options):
+    return AddPositions(8, rngs=nnx.Rngs(0), **options)(x, places, rng=rng)
 
 
 def test_a_token_is_its_row_times_the_root_of_d_plus_its_position():

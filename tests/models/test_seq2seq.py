@@ -27,22 +27,47 @@ SMALL = {
 # Another value for every field; what is compared has token 3 in the source.
 FLIPS = {
     "vocabulary": 13,
+    "source_vocabulary": 12,
     "d_model": 32,
     "d_ff": 32,
     "heads": 4,
     "kv_heads": 1,
+    "head_size": 6,
+    "decoder_heads": 4,
+    "decoder_d_ff": 20,
     "encoder_layers": 2,
     "decoder_layers": 1,
     "activation": "gelu",
     "gated": True,
     "norm": "pre",
+    "normalisation": "rms",
+    "epsilon": 0.1,
+    "bias": False,
+    "attention_scale": 1.0,
     "tie": "none",
+    "positions": "sinusoid_inclusive",
+    "position_offset": 2,
+    "max_positions": 9,
+    "relative_buckets": 6,
+    "relative_distance": 5,
+    "embedding_scale": False,
+    "embedding_norm": True,
+    "output_bias": True,
+    "output_scale": 0.5,
+    "zero_pad": True,
     "dropout": 0.5,
     "embedding_dropout": 0.5,
     "attention_dropout": 0.5,
     "activation_dropout": 0.5,
     "dtype": "bfloat16",
     "pad": 3,
+}
+# What a field needs to matter.
+BESIDE = {
+    "source_vocabulary": {"tie": "target"},
+    "max_positions": {"positions": "learned"},
+    "relative_buckets": {"positions": "relative"},
+    "relative_distance": {"positions": "relative", "relative_buckets": 4},
 }
 SOURCE = np.array([[5, 3, 9, 2, 0, 0], [4, 3, 7, 8, 6, 2]], np.int32)
 TARGET = np.array([[1, 4, 9, 3, 8], [1, 5, 6, 7, 10]], np.int32)
@@ -187,7 +212,7 @@ def test_every_field_has_another_value_to_try():
 
 @pytest.mark.parametrize("field", FLIPS)
 def test_every_field_changes_the_parameters_or_the_output(field):
-    config = Config(**SMALL)
+    config = Config(**(SMALL | BESIDE.get(field, {})))
     flipped = dataclasses.replace(config, **{field: FLIPS[field]})
     if shapes(config) == shapes(flipped):
         difference = noisy_logits(config) - noisy_logits(flipped)
@@ -201,10 +226,9 @@ def test_dropouts_need_an_rng():
 
 
 def test_embedding_dropout_follows_dropout_unless_it_is_given():
-    assert (
-        build(dropout=0.4, embedding_dropout=None).target_embedding.dropout_rate == 0.4
-    )
-    assert build(dropout=0.4).target_embedding.dropout_rate == 0.0
+    follows = build(dropout=0.4, embedding_dropout=None)
+    assert follows.target_positions.dropout_rate == 0.4
+    assert build(dropout=0.4).target_positions.dropout_rate == 0.0
 
 
 def test_parameters_are_float32_and_logits_bfloat16_when_asked():
@@ -219,8 +243,13 @@ def test_parameters_are_float32_and_logits_bfloat16_when_asked():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"heads": 3}, "heads must divide d_model .* heads = 3"),
-        ({"heads": 16}, "into even sizes"),
+        ({"heads": 3}, "heads must divide d_model, or head_size .* heads = 3"),
+        ({"decoder_heads": 3}, "heads must divide d_model, .* heads = 3"),
+        ({"head_size": 0}, "head_size must be positive, or None; got 0"),
+        ({"d_model": 15, "heads": 3}, "sinusoids need an even d_model; got 15"),
+        ({"source_vocabulary": 12}, 'needs tie = "target" or "none"; got \'all\''),
+        ({"position_offset": -1}, "position_offset must not be negative; got -1"),
+        ({"epsilon": 0.0}, "epsilon must be positive; got 0.0"),
         ({"heads": 0}, "heads must be positive; got 0"),
         ({"kv_heads": 3}, "kv_heads must divide heads"),
         ({"kv_heads": 0}, "kv_heads = 0"),

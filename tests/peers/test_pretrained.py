@@ -59,7 +59,8 @@ def t5_settings(sizes: dict[str, int], **more: Any) -> dict[str, Any]:
         "d_kv": 5,
         "d_ff": sizes["ff"],
         "num_layers": sizes["layers"],
-        "num_decoder_layers": sizes["decoder_layers"],
+        # transformers sizes the cache of both sides by the encoder's layers.
+        "num_decoder_layers": min(sizes["layers"], sizes["decoder_layers"]),
         "num_heads": sizes["heads"],
         "relative_attention_num_buckets": 8,
         "relative_attention_max_distance": 12,
@@ -90,7 +91,9 @@ def make(case: str, sizes: dict[str, int]) -> Any:
         ),
         "mbart": (
             tr.MBartForConditionalGeneration,
-            tr.MBartConfig(**bart_settings(sizes, scale_embedding=True)),
+            tr.MBartConfig(
+                **bart_settings(sizes, scale_embedding=True, decoder_start_token_id=2)
+            ),
         ),
         "t5": (tr.T5ForConditionalGeneration, tr.T5Config(**t5_settings(sizes))),
         "t5-gated": (
