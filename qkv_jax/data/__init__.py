@@ -11,7 +11,8 @@ from qkv_jax.data.corpus import ParallelData as ParallelData
 from qkv_jax.data.encoding import EncodedPairs as EncodedPairs
 from qkv_jax.data.encoding import Sentences as Sentences
 from qkv_jax.data.encoding import encode_pairs as encode_pairs
-from qkv_jax.data.encoding import encode_sentences as encode_sentences
+from qkv_jax.data.encoding import encode_sources as encode_sources
+from qkv_jax.data.encoding import encode_targets as encode_targets
 from qkv_jax.data.errors import DataError as DataError
 from qkv_jax.data.evaluation import eval_batches as eval_batches
 from qkv_jax.data.evaluation import source_batches as source_batches
@@ -29,5 +30,6 @@ from qkv_jax.data.tokenizer import BOS as BOS
 from qkv_jax.data.tokenizer import EOS as EOS
 from qkv_jax.data.tokenizer import PAD as PAD
 from qkv_jax.data.tokenizer import UNK as UNK
+from qkv_jax.data.tokenizer import SentenceTokenizer as SentenceTokenizer
 from qkv_jax.data.tokenizer import Tokenizer as Tokenizer
 from qkv_jax.data.tokenizer import train_tokenizer as train_tokenizer

@@ -8,35 +8,45 @@ import numpy as np
 
 from qkv_jax.data.buckets import Shape
 from qkv_jax.data.parallel import Pair
-from qkv_jax.data.tokenizer import EOS, PAD, Tokenizer
+from qkv_jax.data.tokenizer import EOS, PAD, SentenceTokenizer
 
 Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sentences:
-    """Token ids of many sentences, each ending in EOS.
+    """Token ids of many sentences, all with the same ending, such as EOS.
 
     Attributes:
         tokens: (total,) int32, all sentences one after the other.
         offsets: (sentences + 1,) int64; sentence i is tokens[offsets[i]:offsets[i+1]].
+        ending: the last ids of each.
+        pad: what fills up rows.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
+    ending: tuple[int, ...] = (EOS,)
+    pad: int = PAD
 
     @classmethod
-    def from_lists(cls, sequences: Iterable[Sequence[int]]) -> "Sentences":
-        """Return the sentences of lists of ids without EOS, which is added."""
-        arrays = [np.array([*ids, EOS], np.int32) for ids in sequences]
+    def from_lists(
+        cls,
+        sequences: Iterable[Sequence[int]],
+        *,
+        ending: tuple[int, ...] = (EOS,),
+        pad: int = PAD,
+    ) -> "Sentences":
+        """Return the sentences of lists of ids that have the ending."""
+        arrays = [np.array(ids, np.int32) for ids in sequences]
         offsets = np.zeros(len(arrays) + 1, np.int64)
         np.cumsum([len(array) for array in arrays], out=offsets[1:])
         tokens = np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
-        return cls(tokens, offsets)
+        return cls(tokens, offsets, ending, pad)
 
     @property
     def lengths(self) -> np.ndarray:
-        """(sentences,) int64: tokens of each sentence, EOS included."""
+        """(sentences,) int64: tokens of each sentence, its ending included."""
         return np.diff(self.offsets)
 
     def __len__(self) -> int:
@@ -48,7 +58,7 @@ class Sentences:
     def rows(self, indices: np.ndarray, width: int) -> np.ndarray:
         """Return sentences as the rows of one array.
 
-        A sentence longer than a row is cut, and still ends in EOS.
+        A sentence longer than a row is cut, and still has its ending.
 
         Args:
             indices: (B,) int: the sentence of each row; -1 for a row of PAD.
@@ -82,10 +92,11 @@ class Sentences:
             values = np.broadcast_to(values, lengths.shape)
             return np.repeat(values.ravel(), lengths.ravel())
 
-        tokens = np.full(len(indices) * width, PAD, np.int32)
+        tokens = np.full(len(indices) * width, self.pad, np.int32)
         segments = np.zeros(len(indices) * width, np.int32)
         tokens[spread(places) + within] = self.tokens[spread(starts) + within]
-        tokens[(places + lengths - 1)[lengths > 0]] = EOS
+        for back, token in enumerate(reversed(self.ending), 1):
+            tokens[(places + lengths - back)[lengths >= back]] = token
         segments[spread(places) + within] = spread(1 + np.arange(indices.shape[1]))
         return tokens.reshape(-1, width), segments.reshape(-1, width)
 
@@ -118,14 +129,29 @@ class EncodedPairs(NamedTuple):
         }
 
 
-def encode_sentences(sentences: Sequence[str], tokenizer: Tokenizer) -> Sentences:
-    """Return the sentences as token ids with EOS."""
-    return Sentences.from_lists(tokenizer.encode(sentences))
+def encode_sources(
+    sentences: Sequence[str], tokenizer: SentenceTokenizer
+) -> Sentences:
+    """Return the sentences as token ids of the source."""
+    return Sentences.from_lists(
+        tokenizer.encode_source(sentences),
+        ending=tokenizer.source_ending,
+        pad=tokenizer.pad,
+    )
 
 
-def encode_pairs(pairs: Sequence[Pair], tokenizer: Tokenizer) -> EncodedPairs:
-    """Return both sides of the pairs as token ids with EOS, by one vocabulary."""
-    sources, targets = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+def encode_targets(
+    sentences: Sequence[str], tokenizer: SentenceTokenizer
+) -> Sentences:
+    """Return the sentences as token ids of the target."""
+    return Sentences.from_lists(
+        tokenizer.encode_target(sentences), ending=(tokenizer.eos,), pad=tokenizer.pad
+    )
+
+
+def encode_pairs(pairs: Sequence[Pair], tokenizer: SentenceTokenizer) -> EncodedPairs:
+    """Return both sides of the pairs as token ids."""
     return EncodedPairs(
-        encode_sentences(sources, tokenizer), encode_sentences(targets, tokenizer)
+        encode_sources([pair[0] for pair in pairs], tokenizer),
+        encode_targets([pair[1] for pair in pairs], tokenizer),
     )

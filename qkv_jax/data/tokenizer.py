@@ -1,4 +1,4 @@
-"""SentencePiece tokenizers, trained once for a corpus and its settings."""
+"""What a tokenizer of sentences is, and SentencePiece ones, trained once for a corpus."""
 
 import hashlib
 import io
@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any, Protocol
 
 import sentencepiece
 
@@ -23,8 +24,67 @@ UNK = 3
 _FILE_NAME = "tokenizer.model"
 
 
+class SentenceTokenizer(Protocol):
+    """Source and target sentences to the ids that a model of translation takes, and back.
+
+    `Tokenizer` is one, and so are those of published models (`qkv_jax.interop`).
+
+    Attributes:
+        pad: id that fills up rows, never part of a sentence.
+        start: id that the decoder starts from.
+        eos: id that ends a target.
+        unk: id of what is not in the vocabulary, or None.
+        prefix: ids that every target begins with, such as its language's.
+        source_ending: ids that every source ends with, cut or not.
+        never: ids that are never generated.
+        source_size, target_size: V of each side.
+        digest: equal for equal tokenizers.
+    """
+
+    pad: int
+    start: int
+    eos: int
+    unk: int | None
+    prefix: tuple[int, ...]
+    source_ending: tuple[int, ...]
+    never: tuple[int, ...]
+
+    @property
+    def source_size(self) -> int: ...
+
+    @property
+    def target_size(self) -> int: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    def encode_source(self, sentences: Sequence[str]) -> list[list[int]]:
+        """All ids of each source, `source_ending` included."""
+        ...
+
+    def encode_target(self, sentences: Sequence[str]) -> list[list[int]]:
+        """All ids of each target, `prefix` and EOS included."""
+        ...
+
+    def decode(self, sequences: Iterable[Sequence[int]]) -> list[str]:
+        """The text of each target, up to its first EOS, special ids left out."""
+        ...
+
+    def source_pieces(self, ids: Sequence[int]) -> list[str]:
+        """The piece of every id of a source."""
+        ...
+
+    def target_pieces(self, ids: Sequence[int]) -> list[str]:
+        """The piece of every id of a target."""
+        ...
+
+    def save(self, directory: str | PathLike[str]) -> Any:
+        """Writes what it can be loaded from again."""
+        ...
+
+
 class Tokenizer:
-    """Text to token ids and back, by one SentencePiece model.
+    """Text to token ids and back, by one SentencePiece model of both languages.
 
     The ids 0 to 3 are `PAD`, `BOS`, `EOS` and `UNK`. A character the vocabulary
     lacks becomes its UTF-8 bytes, so that no text is lost.
@@ -35,6 +95,11 @@ class Tokenizer:
     Raises:
         DataError: the bytes are no SentencePiece model, or one with other special ids.
     """
+
+    pad, start, eos, unk = PAD, BOS, EOS, UNK
+    prefix: tuple[int, ...] = ()
+    source_ending: tuple[int, ...] = (EOS,)
+    never: tuple[int, ...] = (PAD, BOS, UNK)
 
     def __init__(self, model: bytes):
         try:
@@ -62,6 +127,8 @@ class Tokenizer:
         """The number of ids, special ones included."""
         return self._processor.get_piece_size()
 
+    source_size = target_size = vocab_size
+
     @property
     def digest(self) -> str:
         """SHA-256 of the model: equal for equal tokenizers."""
@@ -70,6 +137,12 @@ class Tokenizer:
     def encode(self, sentences: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each sentence, without special ids."""
         return self._processor.encode(list(sentences), out_type=int)
+
+    def encode_source(self, sentences: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each sentence, and EOS."""
+        return [[*ids, EOS] for ids in self.encode(sentences)]
+
+    encode_target = encode_source
 
     def decode(self, sequences: Iterable[Sequence[int]]) -> list[str]:
         """Return the text of each sequence, up to its first EOS, special ids left out.
@@ -82,6 +155,8 @@ class Tokenizer:
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Return the piece of every id, special ones included; "▁" starts a word."""
         return [self._processor.id_to_piece(int(token)) for token in ids]
+
+    source_pieces = target_pieces = pieces
 
     def save(self, directory: str | PathLike[str]) -> Path:
         """Write the model into the directory, atomically, and return its path."""

@@ -24,7 +24,7 @@ def make_pairs(count=101, *, longest=14, seed=0):
     lengths = rng.integers(1, longest, (2, count))
     return EncodedPairs(
         *(
-            Sentences.from_lists([[10 + i] * n for i, n in enumerate(side)])
+            Sentences.from_lists([[10 + i] * n + [EOS] for i, n in enumerate(side)])
             for side in lengths
         )
     )

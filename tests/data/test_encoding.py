@@ -6,7 +6,7 @@ from qkv_jax.data import EOS, PAD, Sentences, encode_pairs, train_tokenizer
 
 @pytest.fixture
 def sentences():
-    return Sentences.from_lists([[11, 12, 13], [], [21]])
+    return Sentences.from_lists([[11, 12, 13, EOS], [EOS], [21, EOS]])
 
 
 def test_sentences_end_in_eos_and_are_kept_flat(sentences):
@@ -30,6 +30,12 @@ def test_rows_are_padded_and_missing_rows_are_all_padding(sentences):
 
 def test_a_sentence_longer_than_its_row_is_cut_and_keeps_eos(sentences):
     assert sentences.rows(np.array([0, 2]), 2).tolist() == [[11, EOS], [21, EOS]]
+
+
+def test_endings_of_several_ids_stay_and_rows_are_filled_with_the_pad_given():
+    made = Sentences.from_lists([[5, 6, 7, 2, 9], [2, 9]], ending=(2, 9), pad=1)
+    rows = made.rows(np.array([0, 1, -1]), 4).tolist()
+    assert rows == [[5, 6, 2, 9], [2, 9, 1, 1], [1, 1, 1, 1]]
 
 
 def test_no_sentences_are_no_rows():

@@ -8,7 +8,7 @@ LENGTHS = [3, 1, 9, 2, 30, 3, 7]
 
 
 def make_sentences(lengths=LENGTHS):
-    return Sentences.from_lists([[10 + i] * n for i, n in enumerate(lengths)])
+    return Sentences.from_lists([[10 + i] * n + [EOS] for i, n in enumerate(lengths)])
 
 
 def test_every_pair_comes_once_with_its_index():

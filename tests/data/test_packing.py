@@ -20,7 +20,7 @@ def make_pairs(count=101, *, longest=14):
     lengths = draw_lengths(count) % longest
     return EncodedPairs(
         *(
-            Sentences.from_lists([[10 + i] * n for i, n in enumerate(side)])
+            Sentences.from_lists([[10 + i] * n + [EOS] for i, n in enumerate(side)])
             for side in lengths
         )
     )
@@ -123,7 +123,7 @@ def test_report_counts_one_shape_with_less_padding():
 def test_overlong_pairs_are_cut_to_a_row_of_their_own_or_dropped():
     lengths = [3, 40, 5]
     pairs = EncodedPairs(
-        *(Sentences.from_lists([[10 + i] * n for i, n in enumerate(lengths)]),) * 2
+        *(Sentences.from_lists([[10 + i] * n + [EOS] for i, n in enumerate(lengths)]),) * 2
     )
     cut = stream(pairs, overlong="truncate")
     assert cut.report().truncated == 1
