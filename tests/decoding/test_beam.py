@@ -245,14 +245,16 @@ def test_impossible_tokens_never_reach_a_result():
     assert not any(np.isnan(leaf).any() for leaf in jax.tree.leaves(found))
 
 
-def test_forbidden_tokens_are_never_emitted_and_the_rest_sums_to_one():
+def test_forbidden_tokens_are_never_emitted_and_keep_their_probability():
     table = toy.toy_table(5)
     table[:, [toy.PAD, toy.BOS]] = 20.0
     found = _search(table, ROWS, 4, max_length=3, forbidden=(3,))
     assert set(toy.as_tuples(found, 0)) == {(2,), (4, 2), (4, 4, 2), ()}
     assert not (found.tokens == 3).any()
     single = _search(table, ROWS, 2, max_length=1, forbidden=(3, 4))
-    np.testing.assert_allclose(single.log_probs[:, 0], 0.0, atol=1e-6)
+    want = [toy.log_prob(table, row, (toy.EOS,)) for row in ROWS]
+    assert max(want) < -15
+    np.testing.assert_allclose(single.log_probs[:, 0], want, 1e-5)
 
 
 def test_equal_scores_keep_the_order_of_finishing_then_of_tokens():

@@ -59,13 +59,17 @@ def next_state(state, token):
 
 
 def log_probs_after(table, row, prefix):
-    """(V,) float64 log-probabilities of the token after BOS + prefix; PAD and BOS excluded."""
+    """(V,) float64 log-probabilities of the token after BOS + prefix; -inf for PAD and BOS.
+
+    What is excluded keeps its probability: the rest is not normalised anew.
+    """
     state = row
     for token in (BOS, *prefix):
         state = next_state(state, token)
     logits = table[state].astype(np.float64)
-    logits[[PAD, BOS]] = -np.inf
-    return logits - np.logaddexp.reduce(logits)
+    gains = logits - np.logaddexp.reduce(logits)
+    gains[[PAD, BOS]] = -np.inf
+    return gains
 
 
 def log_prob(table, row, tokens):
