@@ -1,27 +1,18 @@
 """Greedy search: the likeliest token, one after the other."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qkv_jax.decoding.constraints import Constraints
 from qkv_jax.decoding.hypotheses import Hypotheses
 from qkv_jax.decoding.length_penalty import PER_TOKEN
-from qkv_jax.decoding.steps import Penalty, Rules, Step, checked_rules, normalise
-
-
-class _State(NamedTuple):
-    """Tokens generated so far (), and one hypothesis a row: (B, M) tokens, (B,) the rest."""
-
-    length: jax.Array
-    tokens: jax.Array
-    last: jax.Array
-    log_probs: jax.Array
-    lengths: jax.Array
-    alive: jax.Array
-    cache: Any
+from qkv_jax.decoding.rollout import roll_out
+from qkv_jax.decoding.rules import checked_rules
+from qkv_jax.decoding.steps import Penalty, Step
 
 
 def greedy_search(
@@ -37,6 +28,9 @@ def greedy_search(
     forbidden: Sequence[int] = (),
     length_penalty: Penalty = PER_TOKEN,
     prefix: jax.Array | None = None,
+    constraints: Constraints | None = None,
+    phrases: jax.Array | None = None,
+    end_at_limit: bool = True,
 ) -> Hypotheses:
     """The hypothesis that takes the likeliest token at every step, for every row.
 
@@ -57,13 +51,19 @@ def greedy_search(
         forbidden: further ids that are never emitted.
         length_penalty: lengths -> divisors; it changes only `scores` here.
         prefix: (B, P) integers, what each row starts with, negative for any token; counted in
-            lengths, at no cost in log-probability. None: nothing is forced.
+            lengths, at no cost in log-probability. None: nothing is forced. A row without room
+            for it and EOS gets no hypothesis.
+        constraints: rules for every row; None: none.
+        phrases: (B, C, L) integers, what the hypothesis of each row has to hold; see beam_search.
+            Nothing leads greedy search towards a phrase before the limit leaves no other choice,
+            and nothing ends it before: beam search is made for them.
+        end_at_limit: False lets the token at the limit be any, as transformers does.
 
     Returns:
         Hypotheses with Z = 1.
 
     Raises:
-        ValueError: an id, a size, limit's or the logits' shape is wrong.
+        ValueError: an id, a size, or the shape of limit, prefix, phrases or the logits is wrong.
     """
     rules = checked_rules(
         batch_size=batch_size,
@@ -75,60 +75,16 @@ def greedy_search(
         forbidden=forbidden,
         length_penalty=length_penalty,
         prefix=prefix,
+        constraints=constraints,
+        phrases=phrases,
+        end_at_limit=end_at_limit,
     )
-    return search(step, cache, rules)
+    return roll_out(step, cache, rules, first_argmax)
 
 
-def search(step: Step, cache: Any, rules: Rules) -> Hypotheses:
-    """`greedy_search` of checked arguments."""
-    (batch_size,) = rules.limits.shape
-    start = _State(
-        length=jnp.zeros((), jnp.int32),
-        tokens=jnp.full((batch_size, rules.max_length), rules.pad, jnp.int32),
-        last=jnp.full((batch_size,), rules.bos, jnp.int32),
-        log_probs=jnp.where(rules.limits > 0, 0.0, -jnp.inf),
-        lengths=jnp.zeros((batch_size,), jnp.int32),
-        alive=rules.limits > 0,
-        cache=cache,
-    )
-    end = lax.while_loop(
-        lambda state: state.alive.any(),
-        lambda state: _advance(state, step, rules),
-        start,
-    )
-    exists = end.log_probs > -jnp.inf
-    lengths = jnp.where(exists, end.lengths, 0)
-    scores = end.log_probs / rules.length_penalty(jnp.maximum(lengths, 1))
-    tokens = jnp.where(exists[:, None], end.tokens, rules.pad)
-    return Hypotheses(
-        tokens[:, None], scores[:, None], end.log_probs[:, None], lengths[:, None]
-    )
-
-
-def _advance(state: _State, step: Step, rules: Rules) -> _State:
-    logits, cache = step(state.last[:, None], state.cache)
-    logits, normaliser = normalise(
-        logits, rules, tokens=state.last[:, None], length=state.length
-    )
-    logits, normaliser = logits[:, 0], normaliser[:, 0]
-    length = state.length + 1
-    chosen = jnp.where(length == rules.limits, rules.eos, _first_argmax(logits))
-    gained = jnp.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0] - normaliser
-    last = jnp.where(state.alive, chosen, rules.pad)
-    log_probs = state.log_probs + jnp.where(state.alive, gained, 0.0)
-    return _State(
-        length=length,
-        tokens=state.tokens.at[:, state.length].set(last),
-        last=last,
-        log_probs=log_probs,
-        lengths=state.lengths + state.alive,
-        alive=state.alive & (last != rules.eos) & (log_probs > -jnp.inf),
-        cache=cache,
-    )
-
-
-def _first_argmax(logits: jax.Array) -> jax.Array:
-    """`jnp.argmax` over the last axis of (B, V), int32; 4x faster on CPU at V = 8000."""
-    ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+def first_argmax(logits: jax.Array, length: jax.Array) -> jax.Array:
+    """`jnp.argmax` over the last axis of (B, Z, V), int32; 4x faster on CPU at V = 8000."""
+    del length
+    ids = lax.broadcasted_iota(jnp.int32, logits.shape, 2)
     best = logits.max(axis=-1, keepdims=True)
-    return jnp.where(logits == best, ids, logits.shape[1] - 1).min(axis=-1)
+    return jnp.where(logits == best, ids, logits.shape[2] - 1).min(axis=-1)
