@@ -5,3 +5,5 @@ from qkv_jax.interop.pretrained import Pretrained as Pretrained
 from qkv_jax.interop.pretrained import load as load
 from qkv_jax.interop.pretrained import save as save
 from qkv_jax.interop.tensors import read_tensors as read_tensors
+from qkv_jax.interop.tokenizers import PretrainedTokenizer as PretrainedTokenizer
+from qkv_jax.interop.tokenizers import load_tokenizer as load_tokenizer
