@@ -17,6 +17,7 @@ from qkv_jax.data.errors import DataError as DataError
 from qkv_jax.data.evaluation import eval_batches as eval_batches
 from qkv_jax.data.evaluation import source_batches as source_batches
 from qkv_jax.data.files import cache_directory as cache_directory
+from qkv_jax.data.files import write_atomically as write_atomically
 from qkv_jax.data.filters import FilterReport as FilterReport
 from qkv_jax.data.filters import Filters as Filters
 from qkv_jax.data.filters import filter_pairs as filter_pairs

@@ -3,6 +3,7 @@
 import difflib
 import gzip
 import os
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -76,3 +77,16 @@ def _read_bytes(path: Path) -> bytes:
         raise DataError(
             f"{path} is a damaged gzip file ({error}); fetch it again"
         ) from None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees all of it or none, whoever else writes."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror}") from None

@@ -3,9 +3,7 @@
 import hashlib
 import io
 import json
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any, Protocol
 import sentencepiece
 
 from qkv_jax.data.errors import DataError
-from qkv_jax.data.files import cache_directory
+from qkv_jax.data.files import cache_directory, write_atomically
 
 PAD = 0
 BOS = 1
@@ -161,7 +159,7 @@ class Tokenizer:
     def save(self, directory: str | PathLike[str]) -> Path:
         """Write the model into the directory, atomically, and return its path."""
         path = Path(directory) / _FILE_NAME
-        _write_atomically(path, self._model)
+        write_atomically(path, self._model)
         return path
 
     @classmethod
@@ -255,7 +253,7 @@ def train_tokenizer(
         except DataError:
             pass  # A damaged entry of the cache is replaced.
     model = _train(sentences, settings)
-    _write_atomically(path, model)
+    write_atomically(path, model)
     return Tokenizer(model)
 
 
@@ -302,16 +300,3 @@ def _training_error(message: str, vocab_size: int) -> DataError:
         )
     reason = message.partition("\n")[0].strip()
     return DataError(f"no tokenizer of {vocab_size:,} pieces can be trained: {reason}")
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees all of it or none, whoever else writes."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror}") from None

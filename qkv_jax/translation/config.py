@@ -13,6 +13,7 @@ from qkv_jax.decoding import LengthPenalty, gnmt, power
 from qkv_jax.models import seq2seq
 from qkv_jax.training import (
     DistributedConfig,
+    FinetuneConfig,
     MeshConfig,
     OptimizerConfig,
     TrainingConfig,
@@ -74,9 +75,20 @@ class DecodingConfig:
         exact: whether a search runs until no better hypothesis is possible, or stops once none
             would win by ending at its next token (far fewer steps; may miss a longer one).
         batch_rows: sentences translated at once.
-        max_source: tokens of the longest source, EOS included; a longer one is cut, and counted.
+        max_source: tokens of the longest source, EOS included.
         max_length: tokens of the longest translation, EOS included. A translation has at most
             10 more than twice its source.
+        overlong: what becomes of a longer source, which is counted in any case: it is cut
+            ("truncate"), translated in parts ("split"), or left empty ("refuse").
+        min_length: fewest tokens before EOS.
+        no_repeat_ngram: n: no n tokens in a row occur twice; 0: they may.
+        repetition_penalty: above 1, what was said becomes less likely; see `Constraints`.
+        samples: draw so many translations of a sentence in place of a search; 0: search.
+        temperature, top_k, top_p, typical: of the distribution they are drawn from, see
+            `decoding.sample`.
+        seed: of the samples.
+        minimum_risk: whether samples are ordered by their mean chrF against each other, the
+            expected utility, which is then their score.
     """
 
     beams: int = 5
@@ -86,17 +98,78 @@ class DecodingConfig:
     batch_rows: int = 64
     max_source: int = 256
     max_length: int = 256
+    overlong: Literal["truncate", "split", "refuse"] = "truncate"
+    min_length: int = 0
+    no_repeat_ngram: int = 0
+    repetition_penalty: float = 1.0
+    samples: int = 0
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    typical: float | None = None
+    seed: int = 0
+    minimum_risk: bool = False
 
     def __post_init__(self):
         for name in ("beams", "batch_rows", "max_source", "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
-        if not math.isfinite(self.alpha):
-            raise ValueError(f"alpha must be finite; got {self.alpha}.")
+        for name in ("min_length", "no_repeat_ngram", "samples"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"{name} must not be negative; got {getattr(self, name)}."
+                )
+        for name in ("alpha", "temperature", "repetition_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite; got {getattr(self, name)}.")
+        for name in ("temperature", "repetition_penalty"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be positive, or None; got {self.top_k}.")
+        for name in ("top_p", "typical"):
+            share = getattr(self, name)
+            if share is not None and not 0.0 < share <= 1.0:
+                raise ValueError(f"{name} must be in (0, 1], or None; got {share}.")
+        if self.overlong not in ("truncate", "split", "refuse"):
+            raise ValueError(
+                f"overlong must be 'truncate', 'split' or 'refuse'; got {self.overlong!r}."
+            )
+        self._check_samples()
+
+    def _check_samples(self) -> None:
+        if self.samples:
+            return
+        if self.minimum_risk:
+            raise ValueError("minimum_risk chooses among samples: give samples.")
+        for name in ("top_k", "top_p", "typical"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} is of samples: give samples.")
+        if self.temperature != 1.0:
+            raise ValueError("temperature is of samples: give samples.")
 
     @property
     def penalty(self) -> LengthPenalty:
         return (power if self.length_penalty == "power" else gnmt)(self.alpha)
+
+    @property
+    def found(self) -> int:
+        """The translations of a sentence that are made."""
+        return self.samples or self.beams
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageConfig:
+    """What a published model for several languages, or tasks, has to be told.
+
+    Attributes:
+        source, target: the model's codes, such as "eng_Latn"; None: those that its files name.
+        prefix: text put before every source, such as "translate English to German: " for T5.
+    """
+
+    source: str | None = None
+    target: str | None = None
+    prefix: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +189,13 @@ class TranslationConfig:
 
     Attributes:
         data: where the parallel text comes from.
+        init_from: a model whose weights, sizes and tokeniser the run starts from: the directory
+            of a run, or of an imported or published model, or a hub name; None: new weights.
+        languages: of a published model for several.
+        finetune: which of its parameters are trained.
         text: tokeniser and batches.
-        model: sizes of the Transformer; its vocabulary is the tokeniser's.
+        model: sizes of the Transformer; its vocabulary is the tokeniser's. With init_from, only
+            its dropout rates, dtype and context count.
         label_smoothing: share of the target distribution spread over all subwords.
         optimizer, training, mesh: how it is trained, and on which devices.
         validation_sentences: validation pairs translated greedily at each evaluation, for the
@@ -128,6 +206,9 @@ class TranslationConfig:
     """
 
     data: ParallelData | HomeAssistantData | HubData
+    init_from: str | None = None
+    languages: LanguageConfig = field(default_factory=LanguageConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     text: TextConfig = field(default_factory=TextConfig)
     model: seq2seq.Config = field(default_factory=seq2seq.tiny)
     label_smoothing: float = 0.1
@@ -145,6 +226,8 @@ class TranslationConfig:
                 "model.vocabulary is the tokeniser's: set text.vocabulary instead; "
                 f"got {self.model.vocabulary}."
             )
+        if self.init_from is None and self.languages != LanguageConfig():
+            raise ValueError("languages are of the model of init_from: give it too.")
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(
                 f"label_smoothing must be in [0, 1); got {self.label_smoothing}."

@@ -15,17 +15,27 @@ from flax import nnx
 from rich.console import Console
 
 from qkv_jax import data, training, viz
-from qkv_jax.data import BOS, EOS, PAD, EncodedPairs, Pair, Tokenizer
+from qkv_jax.data import BOS, EOS, EncodedPairs, Pair, SentenceTokenizer
 from qkv_jax.models import seq2seq
 from qkv_jax.training.losses import projected_cross_entropy
 from qkv_jax.translation.config import TranslationConfig
 from qkv_jax.translation.evaluate import Scores, score
-from qkv_jax.translation.translator import Translator, model_graph
+from qkv_jax.translation.search import model_graph, shift
+from qkv_jax.translation.start import (
+    TOKENIZER,
+    Checkpoint,
+    Start,
+    init_params,
+    load_start,
+    load_translator,
+    read_run,
+    save_start,
+    started,
+)
+from qkv_jax.translation.translator import Translator
 
-Checkpoint = int | Literal["best", "latest", "average"]
 LOSS_CHUNKS = 4
 VALIDATION_BUCKETS = 4
-TOKENIZER = "tokenizer"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,17 +43,23 @@ class Prepared:
     """Text made ready: the corpus, its tokeniser, and the training and validation batches."""
 
     corpus: data.Corpus
-    tokenizer: Tokenizer
+    tokenizer: SentenceTokenizer
     stream: data.BatchStream
     valid: EncodedPairs
     report: list[str]
 
 
-def prepare(config: TranslationConfig, *, rows_multiple: int = 1) -> Prepared:
+def prepare(
+    config: TranslationConfig,
+    *,
+    tokenizer: SentenceTokenizer | None = None,
+    rows_multiple: int = 1,
+) -> Prepared:
     """Reads, filters, tokenises and batches the corpus of a configuration.
 
     Args:
         config: of the run.
+        tokenizer: None: one is trained on the corpus.
         rows_multiple: what the rows of every batch are a multiple of.
 
     Raises:
@@ -55,11 +71,12 @@ def prepare(config: TranslationConfig, *, rows_multiple: int = 1) -> Prepared:
         raise data.DataError(
             f"no training pair is left ({filtered}): loosen text.filters, or use other text"
         )
-    tokenizer = data.train_tokenizer(
-        [side for pair in train for side in pair],
-        vocab_size=text.vocabulary,
-        model_type=text.tokenizer,
-    )
+    if tokenizer is None:
+        tokenizer = data.train_tokenizer(
+            [side for pair in train for side in pair],
+            vocab_size=text.vocabulary,
+            model_type=text.tokenizer,
+        )
     pairs = data.encode_pairs(train, tokenizer)
     buckets = data.choose_buckets(
         pairs.source.lengths,
@@ -82,7 +99,7 @@ def prepare(config: TranslationConfig, *, rows_multiple: int = 1) -> Prepared:
     report += [
         f"filters: {filtered}",
         f"parts: {len(train):,} training, {len(corpus.valid):,} validation, {len(corpus.test):,} test",
-        f"vocabulary: {tokenizer.vocab_size:,} subwords",
+        f"vocabulary: {tokenizer.target_size:,} subwords",
         str(stream.report()),
     ]
     return Prepared(
@@ -90,21 +107,33 @@ def prepare(config: TranslationConfig, *, rows_multiple: int = 1) -> Prepared:
     )
 
 
-def make_loss(config: seq2seq.Config, label_smoothing: float) -> training.step.LossFn:
-    """The loss of `training.train` for this model: sums over the real target tokens."""
+def make_loss(
+    config: seq2seq.Config,
+    label_smoothing: float,
+    *,
+    start: int = BOS,
+    eos: int = EOS,
+) -> training.step.LossFn:
+    """The loss of `training.train` for this model: sums over the real target tokens.
+
+    Args:
+        config: of the model.
+        label_smoothing: share of the target distribution spread over all subwords.
+        start, eos: ids that targets start from and end with.
+    """
     graph = model_graph(config)
 
     def loss_fn(params, batch, rng):
         model, target = nnx.merge(graph, params), batch["target"]
-        shifted = jnp.pad(target[:, :-1], ((0, 0), (1, 0)), constant_values=BOS)
+        shifted = shift(target, start)
         segments = None
         if "target_segments" in batch:
             segments = seq2seq.Segments(
                 batch["source_segments"], batch["target_segments"]
             )
-            shifted = jnp.where(shifted == EOS, BOS, shifted)
+            shifted = jnp.where(shifted == eos, start, shifted)
         states = model.states(batch["source"], shifted, segments=segments, rng=rng)
-        weights = (target != PAD).astype(jnp.float32)
+        weights = (target != config.pad).astype(jnp.float32)
         loss, nll, correct = projected_cross_entropy(
             *model.projection(states),
             target,
@@ -116,11 +145,6 @@ def make_loss(config: seq2seq.Config, label_smoothing: float) -> training.step.L
         return loss, sums | {"tokens": weights.sum()}
 
     return loss_fn
-
-
-def init_params(config: seq2seq.Config, *, seed: int) -> Any:
-    """The parameters of a new model."""
-    return nnx.state(seq2seq.Model(config, rngs=nnx.Rngs(seed)), nnx.Param)
 
 
 def train_run(
@@ -159,21 +183,27 @@ def _train_run(
     except ValueError as error:
         raise training.RunError(f"mesh: {error}") from error
     multiple = training.batch_shares(mesh) * config.training.accumulate
-    prepared = prepare(config, rows_multiple=multiple)
+    start = started(config)
+    prepared = prepare(
+        config,
+        tokenizer=None if start is None else start.tokenizer,
+        rows_multiple=multiple,
+    )
     if config.training.patience is not None and not prepared.corpus.valid:
         raise data.DataError(
             "training.patience needs validation text: give the corpus a validation part, or "
             "--training.patience None"
         )
     tokenizer = prepared.tokenizer
-    model = dataclasses.replace(config.model, vocabulary=tokenizer.vocab_size, pad=PAD)
+    model = _model(config, start, tokenizer)
     make_params = functools.partial(init_params, model, seed=config.training.seed)
     shapes = jax.eval_shape(make_params)
     try:
         training.state_shardings(shapes, mesh)
         seq2seq.check_heads(model, mesh.shape)
+        counts = training.count_params(shapes, config.finetune)
     except ValueError as error:
-        raise training.RunError(f"mesh: {error}") from error
+        raise training.RunError(str(error)) from error
     training.check_same("text or tokeniser", tokenizer.digest)
 
     # A mesh must not change the batches, so that another one may resume the run.
@@ -184,21 +214,27 @@ def _train_run(
         training.open_run(directory, identity)
         held.enter_context(training.locked(directory))
         tokenizer.save(directory / TOKENIZER)
+        if start is not None:
+            save_start(start._replace(model=model), directory)
 
     training.on_first(open_directory)
-    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    count = counts.all if config.finetune.whole else counts
     for line in [*prepared.report, f"model: {count:,} parameters; run: {directory}"]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    evaluate = None
+    if len(prepared.valid.source):
+        evaluate = _validation(config, model, prepared, mesh)
+    if start is not None and evaluate is not None and not training.has_checkpoint(directory):
+        _say_first_score(evaluate(start.params), console)
     result = training.train(
-        params=make_params,
-        loss_fn=make_loss(model, config.label_smoothing),
+        params=make_params if start is None else start.params,
+        loss_fn=_loss(config, model, tokenizer),
         optimizer=config.optimizer,
         config=config.training,
+        finetune=config.finetune,
         iterator=data.train_iterator(prepared.stream),
         directory=directory,
-        evaluate=_validation(config, model, prepared, mesh)
-        if len(prepared.valid.source)
-        else None,
+        evaluate=evaluate,
         mesh=mesh,
         console=console,
     )
@@ -207,7 +243,8 @@ def _train_run(
         "steps": result.step,
         "stopped_early": result.stopped_early,
         "best_step": result.best_step,
-        "parameters": count,
+        "parameters": counts.all,
+        "trained_parameters": counts.trained,
         "training_seconds": trained,
         "tokens_per_second": result.tokens_per_second,
         "steady_tokens_per_second": result.steady_tokens_per_second,
@@ -253,46 +290,8 @@ def load_run(
     Raises:
         RunError: it is no run, or its checkpoint is missing or damaged.
     """
-    config = read_run(directory)
-    try:
-        tokenizer = Tokenizer.load(Path(directory) / TOKENIZER)
-    except data.DataError as error:
-        raise training.RunError(str(error)) from error
-    model = dataclasses.replace(config.model, vocabulary=tokenizer.vocab_size, pad=PAD)
-    average = config.training.average
-    like = jax.eval_shape(lambda: init_params(model, seed=0))
-    if checkpoint is None:
-        checkpoint = "average" if average > 1 else "best"
-    if checkpoint == "average":
-        params = training.average_params(directory, like, count=average)
-    else:
-        params = training.restore_params(directory, like, step=checkpoint)
-    changes = {name: value for name, value in decoding.items() if value is not None}
-    return Translator(
-        model,
-        params,
-        tokenizer,
-        decoding=dataclasses.replace(config.decoding, **changes),
-        mesh=mesh,
-    )
-
-
-def read_run(directory: str | Path) -> TranslationConfig:
-    """The configuration of a run on disk.
-
-    Raises:
-        RunError: it is no run of this task.
-    """
-    content = training.read_config(directory)
-    for name in ("tokenizer", "batch_rows"):
-        content.pop(name, None)
-    try:
-        return TranslationConfig.from_json(content)
-    except (KeyError, StopIteration, TypeError, ValueError) as error:
-        raise training.RunError(
-            f"{directory} is not a run of this version's translation task ({error}): "
-            "use the version that made it."
-        ) from error
+    read_run(directory)
+    return load_translator(directory, checkpoint=checkpoint, mesh=mesh, **decoding)
 
 
 def evaluate_run(
@@ -319,6 +318,29 @@ def draw_attention(
     viz.plot_attention(weights, looked_at, asks, path, title=layer)
 
 
+def _model(
+    config: TranslationConfig, start: Start | None, tokenizer: SentenceTokenizer
+) -> seq2seq.Config:
+    if start is not None:
+        return start.model
+    return dataclasses.replace(
+        config.model, vocabulary=tokenizer.target_size, pad=tokenizer.pad
+    )
+
+
+def _loss(
+    config: TranslationConfig, model: seq2seq.Config, tokenizer: SentenceTokenizer
+) -> training.step.LossFn:
+    return make_loss(
+        model, config.label_smoothing, start=tokenizer.start, eos=tokenizer.eos
+    )
+
+
+def _say_first_score(values: dict[str, float], console: Console) -> None:
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+    console.print(f"before the first step  validation  {shown}", highlight=False)
+
+
 def _validation(
     config: TranslationConfig, model: seq2seq.Config, prepared: Prepared, mesh
 ) -> Callable[[Any], dict[str, float]]:
@@ -332,7 +354,7 @@ def _validation(
         max_target=text.max_target,
     )
     eval_step = training.make_eval_step(
-        make_loss(model, config.label_smoothing), mesh=mesh
+        _loss(config, model, prepared.tokenizer), mesh=mesh
     )
     shown = prepared.corpus.valid[: config.validation_sentences]
     greedy = dataclasses.replace(config.decoding, beams=1)

@@ -1,6 +1,7 @@
-"""A trained model that translates text."""
+"""A trained model, or several together, that translate text and score translations."""
 
-import functools
+import dataclasses
+import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,8 +10,17 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from qkv_jax.data import BOS, EOS, PAD, UNK, Tokenizer, encode_sentences, source_batches
-from qkv_jax.decoding import Hypotheses, beam_search
+from qkv_jax.data import (
+    EncodedPairs,
+    Pair,
+    SentenceTokenizer,
+    Shape,
+    encode_pairs,
+    encode_sources,
+    eval_batches,
+    source_batches,
+)
+from qkv_jax.decoding import Hypotheses, minimum_bayes_risk
 from qkv_jax.models import seq2seq
 from qkv_jax.training import (
     auto_mesh,
@@ -20,9 +30,12 @@ from qkv_jax.training import (
     place_state,
 )
 from qkv_jax.training.distributed import fetch
+from qkv_jax.translation import search
+from qkv_jax.translation.alignment import Alignment, align, side_by_side
 from qkv_jax.translation.config import DecodingConfig
+from qkv_jax.translation.overlong import split_text
+from qkv_jax.translation.search import model_graph
 
-EXTRA_LENGTH = 10
 SHORTEST_ROW = 16
 
 
@@ -31,11 +44,42 @@ class Translation(NamedTuple):
 
     Attributes:
         text: the translation.
-        score: log-probability over the length penalty; comparable within one sentence.
+        score: log-probability over the length penalty; comparable within one sentence. Of a
+            source that was translated in parts, the mean of theirs.
+        alignment: where it was asked for: which words look at which.
     """
 
     text: str
     score: float
+    alignment: Alignment | None = None
+
+
+class PairScore(NamedTuple):
+    """What a model gives to a translation.
+
+    Attributes:
+        score: log-probability over the length penalty, as of a `Translation`.
+        log_prob: natural logarithm of the target's probability, EOS included.
+        tokens: of the target, EOS included.
+    """
+
+    score: float
+    log_prob: float
+    tokens: int
+
+
+class Wishes(NamedTuple):
+    """What the translations of one call have to hold, and must not.
+
+    Attributes:
+        prefixes: of each sentence, the text that its translation begins with; None: any.
+        phrases: of each sentence, texts that its translation holds; None: any.
+        banned: texts that no translation holds.
+    """
+
+    prefixes: Sequence[str] | None = None
+    phrases: Sequence[Sequence[str]] | None = None
+    banned: Sequence[str] = ()
 
 
 class Translator:
@@ -45,75 +89,174 @@ class Translator:
         self,
         config: seq2seq.Config,
         params: Any,
-        tokenizer: Tokenizer,
+        tokenizer: SentenceTokenizer,
         *,
         decoding: DecodingConfig,
         mesh: Mesh | None = None,
+        others: Sequence["Translator"] = (),
     ):
         """Takes a model's parts.
 
         Args:
             config: of the model.
             params: the `nnx.Param` state of `seq2seq.Model(config)`.
-            tokenizer: of both languages.
+            tokenizer: of the model.
             decoding: how to search.
             mesh: devices that share the rows; None: all.
-        """
-        self.config, self.tokenizer, self.decoding = config, tokenizer, decoding
-        self.mesh = auto_mesh(make_mesh() if mesh is None else mesh)
-        self.params = place_state(params, self.mesh)
-        self.graph = model_graph(config)
-        self.lengths = _row_lengths(decoding.max_source)
-
-    def __call__(
-        self, sentences: Sequence[str], *, n_best: int = 1
-    ) -> list[list[Translation]]:
-        """The n best translations of each sentence, best first.
-
-        A blank sentence has one empty translation; one longer than `decoding.max_source` is cut.
+            others: models that decide with it, by the mean of their log-probabilities.
 
         Raises:
-            ValueError: n_best is not in 1 .. beams.
+            ValueError: another model has another tokeniser.
         """
-        if not 1 <= n_best <= self.decoding.beams:
-            raise ValueError(
-                f"n_best must be in 1 .. beams = {self.decoding.beams}; got {n_best}."
-            )
-        results: list[list[Translation]] = [[Translation("", 0.0)] for _ in sentences]
-        places = [i for i, text in enumerate(sentences) if text.strip()]
-        encoded = encode_sentences([sentences[i] for i in places], self.tokenizer)
-        # A power of two where sentences are few, so that calls of many sizes share shapes.
-        rows = min(self.decoding.batch_rows, 1 << max(0, len(places) - 1).bit_length())
-        batches = source_batches(
-            encoded,
-            self.lengths,
-            rows=rows,
-            rows_multiple=batch_shares(self.mesh),
+        self.config, self.tokenizer = config, tokenizer
+        self.mesh = auto_mesh(make_mesh() if mesh is None else mesh)
+        for other in others:
+            if other.tokenizer.digest != tokenizer.digest:
+                raise ValueError(
+                    "models that translate together need the same tokeniser, and theirs differ."
+                )
+        self.params = (
+            place_state(params, self.mesh),
+            *(part for other in others for part in other.params),
         )
-        for indices, source in batches:
-            found = fetch(self.search(source))
-            for row, index in enumerate(indices):
-                if index >= 0:
-                    results[places[index]] = self._texts(found, row, n_best)
+        self.graphs = (
+            model_graph(config),
+            *(graph for other in others for graph in other.graphs),
+        )
+        self.decoding = _within(decoding, [config, *(x.config for x in others)])
+        self.lengths = _row_lengths(self.decoding.max_source)
+        self.ids = search.Ids(
+            tokenizer.start, tokenizer.eos, tokenizer.pad, tokenizer.never
+        )
+        # Shapes (rows, tokens) of the batches so far, each of which is a compilation.
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __call__(
+        self,
+        sentences: Sequence[str],
+        *,
+        n_best: int = 1,
+        align: bool = False,
+        wishes: Wishes = Wishes(),
+    ) -> list[list[Translation]]:
+        """The n best translations of each sentence, best first; or n samples, as drawn.
+
+        A blank sentence has one empty translation, and so has one longer than
+        `decoding.max_source` that is refused.
+
+        Args:
+            sentences: any number, of any length.
+            n_best: at most as many as `decoding` finds.
+            align: whether to say which words look at which; takes one more pass.
+            wishes: what the translations have to hold, and must not.
+
+        Raises:
+            ValueError: n_best is not in 1 .. beams, or samples; wishes are not one a sentence.
+        """
+        found = self.decoding.found
+        if not 1 <= n_best <= found:
+            kind = "samples" if self.decoding.samples else "beams"
+            raise ValueError(f"n_best must be in 1 .. {kind} = {found}; got {n_best}.")
+        for name, given in (("prefixes", wishes.prefixes), ("phrases", wishes.phrases)):
+            if given is not None and len(given) != len(sentences):
+                raise ValueError(
+                    f"{name} must be one a sentence, {len(sentences)}; got {len(given)}."
+                )
+        results: list[list[Translation]] = [[Translation("", 0.0)] for _ in sentences]
+        pieces = [self._parts(text) for text in sentences]
+        owners = [i for i, parts in enumerate(pieces) for _ in parts]
+        texts = [part for parts in pieces for part in parts]
+        done = self._translate(texts, owners, n_best, align, wishes)
+        for i, parts in enumerate(pieces):
+            own = [done.pop(0) for _ in parts]
+            if own:
+                results[i] = own[0] if len(own) == 1 else _join(own)
         return results
 
     def too_long(self, sentences: Sequence[str]) -> int:
-        """How many of the sentences are cut before they are translated."""
-        encoded = encode_sentences(list(sentences), self.tokenizer)
+        """How many of the sentences are longer than `decoding.max_source`."""
+        encoded = encode_sources(list(sentences), self.tokenizer)
         return int((encoded.lengths > self.lengths[-1]).sum())
 
-    def search(self, source: np.ndarray) -> Hypotheses:
-        """Hypotheses of source tokens (B, S) int32, on the devices."""
-        source = place_batch({"source": source}, self.mesh)["source"]
+    def score(self, pairs: Sequence[Pair]) -> list[PairScore]:
+        """What the model gives to the target of each (source, target), as it scores its own.
+
+        A source or target past `decoding.max_source` or `max_length` tokens is cut.
+        """
+        encoded = encode_pairs(pairs, self.tokenizer)
+        results = [PairScore(0.0, 0.0, 0)] * len(pairs)
+        for indices, batch in self._pair_batches(encoded):
+            prefix = self._prefix_rows([()] * len(indices))
+            if prefix is not None:
+                batch = batch | {"prefix": prefix}
+            placed = place_batch(batch, self.mesh)
+            with jax.set_mesh(self.mesh):
+                found = fetch(
+                    search.score(
+                        self.params,
+                        placed["source"],
+                        placed["target"],
+                        placed.get("prefix"),
+                        graphs=self.graphs,
+                        ids=self.ids,
+                        decoding=self.decoding,
+                    )
+                )
+            for row, index in enumerate(indices):
+                if index >= 0:
+                    results[index] = PairScore(
+                        float(found.scores[row]),
+                        float(found.log_probs[row]),
+                        int(found.lengths[row]),
+                    )
+        return results
+
+    def search(
+        self,
+        source: np.ndarray,
+        *,
+        prefix: np.ndarray | None = None,
+        phrases: np.ndarray | None = None,
+        banned: tuple[tuple[int, ...], ...] = (),
+    ) -> Hypotheses:
+        """Hypotheses of source tokens (B, S) int32, on the devices.
+
+        Args:
+            source: (B, S) int32.
+            prefix: (B, P) int32, what each target begins with; None: the tokeniser's prefix.
+            phrases: (B, C, L) int32, what each target holds.
+            banned: sequences of ids that no target holds.
+        """
+        if prefix is None:
+            prefix = self._prefix_rows([()] * len(source))
+        arrays = {"source": source, "prefix": prefix, "phrases": phrases}
+        given = {name: x for name, x in arrays.items() if x is not None}
+        rng = None
+        if self.decoding.samples:
+            rng = jax.random.key(self.decoding.seed)
+            # The noise of a sentence depends on nothing but what it is.
+            given["row_ids"] = np.array([_checksum(row, self.ids.pad) for row in source])
+        placed = place_batch(given, self.mesh)
+        self.shapes.add(tuple(n for x in given.values() for n in x.shape))
         with jax.set_mesh(self.mesh):
-            return _search(
-                self.params, source, graph=self.graph, decoding=self.decoding
+            return search.search(
+                self.params,
+                placed["source"],
+                placed.get("prefix"),
+                placed.get("phrases"),
+                rng,
+                placed.get("row_ids"),
+                graphs=self.graphs,
+                ids=self.ids,
+                decoding=dataclasses.replace(self.decoding, seed=0),
+                banned=banned,
+                longest=self.decoding.max_length,
             )
 
     def attention(
         self, source: str, *, layer: str | None = None
     ) -> tuple[np.ndarray, list[str], list[str]]:
-        """What the model looks at while it translates a sentence.
+        """What the model looks at while it translates a sentence; of several, the first.
 
         Args:
             source: the sentence.
@@ -124,67 +267,218 @@ class Translator:
             Weights (N, T, S) float32, and the pieces of the source (S) and of what asks (T):
             of the translation, or of the source for an encoder layer.
         """
-        (ids,) = self.tokenizer.encode([source])
-        source_ids = np.array([[*ids, EOS]], np.int32)
+        (ids,) = self.tokenizer.encode_source([source])
+        source_ids = np.array([ids], np.int32)
         found = fetch(self.search(np.repeat(source_ids, batch_shares(self.mesh), 0)))
-        target_ids = found.tokens[0, 0, : found.lengths[0, 0]]
-        model = nnx.merge(self.graph, self.params)
+        target_ids = found.tokens[:1, 0, : found.lengths[0, 0]]
         layer = layer or f"decoder.{self.config.decoder_layers - 1}.cross"
-        shifted = np.array([[BOS, *target_ids[:-1]]], np.int32)
-        weights = model.attention(source_ids, shifted, [layer])[layer]
+        weights = np.asarray(self._attention(source_ids, target_ids, layer))[0]
         encoder, cross = layer.startswith("encoder"), layer.endswith("cross")
-        looked_at = source_ids[0] if encoder or cross else shifted[0]
-        asks = source_ids[0] if encoder else target_ids
-        return np.asarray(weights)[0], self._pieces(looked_at), self._pieces(asks)
+        source_pieces = self.tokenizer.source_pieces(source_ids[0].tolist())
+        asks = self.tokenizer.target_pieces(target_ids[0].tolist())
+        if encoder:
+            return weights, source_pieces, source_pieces
+        shifted = [self.ids.start, *target_ids[0, :-1].tolist()]
+        seen = source_pieces if cross else self.tokenizer.target_pieces(shifted)
+        return weights, seen, asks
 
     @property
     def attention_layers(self) -> list[str]:
         """Names of the model's attention layers."""
-        return list(nnx.merge(self.graph, self.params).attention_layers())
+        return list(nnx.merge(self.graphs[0], self.params[0]).attention_layers())
 
-    def _pieces(self, ids: np.ndarray) -> list[str]:
-        return self.tokenizer.pieces([int(i) for i in ids])
+    def _attention(self, source: np.ndarray, target: np.ndarray, layer: str):
+        return search.attention(
+            self.params[0],
+            source,
+            target,
+            graph=self.graphs[0],
+            start=self.ids.start,
+            layer=layer,
+        )
+
+    def _parts(self, text: str) -> list[str]:
+        """What of a sentence is translated: all of it, its parts, or nothing."""
+        if not text.strip():
+            return []
+        if self.decoding.overlong == "truncate" or not self.too_long([text]):
+            return [text]
+        if self.decoding.overlong == "refuse":
+            return []
+        length = lambda part: len(self.tokenizer.encode_source([part])[0])  # noqa: E731
+        parts = split_text(text, length, self.lengths[-1])
+        return [part for part in parts if part.strip()]
+
+    def _translate(
+        self,
+        texts: list[str],
+        owners: list[int],
+        n_best: int,
+        with_alignment: bool,
+        wishes: Wishes,
+    ) -> list[list[Translation]]:
+        """Of each text; owners are the sentences they are parts of."""
+        results: list[list[Translation]] = [[] for _ in texts]
+        first = [i == 0 or owners[i - 1] != owner for i, owner in enumerate(owners)]
+        # Wishes are for a sentence; of its parts, the first fulfils them.
+        prefixes = [
+            self._content(wishes.prefixes[owner]) if wishes.prefixes and begins else ()
+            for owner, begins in zip(owners, first)
+        ]
+        phrases = [
+            [self._content(text) for text in wishes.phrases[owner]]
+            if wishes.phrases and begins
+            else []
+            for owner, begins in zip(owners, first)
+        ]
+        banned = tuple(self._content(text) for text in wishes.banned)
+        for indices, source in self._source_batches(texts):
+            rows = [i if i >= 0 else None for i in indices]
+            found = fetch(
+                self.search(
+                    source,
+                    prefix=self._prefix_rows(
+                        [() if i is None else prefixes[i] for i in rows]
+                    ),
+                    phrases=_phrase_rows([[] if i is None else phrases[i] for i in rows]),
+                    banned=banned,
+                )
+            )
+            for row, index in enumerate(indices):
+                if index >= 0:
+                    results[index] = self._texts(found, row, n_best)
+            if with_alignment:
+                self._align(source, found, indices, results)
+        return results
+
+    def _source_batches(self, texts: list[str]):
+        encoded = encode_sources(texts, self.tokenizer)
+        # A power of two where sentences are few, so that calls of many sizes share shapes.
+        rows = min(self.decoding.batch_rows, 1 << max(0, len(texts) - 1).bit_length())
+        return source_batches(
+            encoded, self.lengths, rows=rows, rows_multiple=batch_shares(self.mesh)
+        )
+
+    def _pair_batches(self, pairs: EncodedPairs):
+        longest = (self.lengths[-1], self.decoding.max_length)
+        lengths = _row_lengths(max(longest))
+        shapes = [Shape(*(min(n, most) for most in longest)) for n in lengths]
+        return eval_batches(
+            pairs,
+            shapes,
+            target_tokens=self.decoding.batch_rows * SHORTEST_ROW,
+            rows_multiple=batch_shares(self.mesh),
+        )
+
+    def _content(self, text: str) -> tuple[int, ...]:
+        """The ids of a target's text, without what every target begins and ends with."""
+        (ids,) = self.tokenizer.encode_target([text])
+        return tuple(ids[len(self.tokenizer.prefix) : -1])
+
+    def _prefix_rows(self, prefixes: Sequence[Sequence[int]]) -> np.ndarray | None:
+        """(B, P) ids that targets begin with, the tokeniser's first; None: none has any."""
+        rows = [[*self.tokenizer.prefix, *prefix] for prefix in prefixes]
+        width = max(map(len, rows), default=0)
+        if not width:
+            return None
+        if width > len(self.tokenizer.prefix):  # Few shapes.
+            width = 1 << (width - 1).bit_length()
+        return _filled(rows, width)
 
     def _texts(self, found: Hypotheses, row: int, n_best: int) -> list[Translation]:
-        exist = [z for z in range(n_best) if np.isfinite(found.scores[row, z])]
-        texts = self.tokenizer.decode([found.tokens[row, z].tolist() for z in exist])
+        exist = [z for z, x in enumerate(found.scores[row]) if np.isfinite(x)]
+        if not self.decoding.minimum_risk:
+            exist = exist[:n_best]
+        ids = [found.tokens[row, z, : found.lengths[row, z]].tolist() for z in exist]
         # Bytes can spell a line break, which would shift a file of translations.
-        return [
-            Translation(" ".join(text.splitlines()), float(found.scores[row, z]))
-            for text, z in zip(texts, exist)
-        ]
+        texts = [" ".join(text.splitlines()) for text in self.tokenizer.decode(ids)]
+        scores = [float(found.scores[row, z]) for z in exist]
+        if self.decoding.minimum_risk and texts:
+            risks = minimum_bayes_risk(texts)
+            order = [int(i) for i in risks.order[:n_best]]
+            return [Translation(texts[i], float(risks.utilities[i])) for i in order]
+        return [Translation(*pair) for pair in zip(texts, scores)]
+
+    def _align(
+        self,
+        source: np.ndarray,
+        found: Hypotheses,
+        indices: np.ndarray,
+        results: list[list[Translation]],
+    ) -> None:
+        """Adds alignments to the translations of a batch, one rank after the other."""
+        layer = f"decoder.{max(0, self.config.decoder_layers - 2)}.cross"
+        for rank in range(max(len(results[i]) for i in indices if i >= 0)):
+            weights = np.asarray(
+                self._attention(source, found.tokens[:, rank], layer), np.float32
+            )
+            for row, index in enumerate(indices):
+                if index >= 0 and rank < len(results[index]):
+                    target = found.tokens[row, rank, : found.lengths[row, rank]]
+                    aligned = self._aligned(weights[row], source[row], target)
+                    results[index][rank] = results[index][rank]._replace(
+                        alignment=aligned
+                    )
+
+    def _aligned(
+        self, weights: np.ndarray, source: np.ndarray, target: np.ndarray
+    ) -> Alignment:
+        source = source[source != self.ids.pad]
+        text = source[: len(source) - len(self.tokenizer.source_ending)]
+        special = {*self.ids.never, self.ids.eos, *self.tokenizer.prefix}
+        pieces = self.tokenizer.target_pieces(target.tolist())
+        shown = ["" if i in special else x for i, x in zip(target.tolist(), pieces)]
+        return align(
+            weights[:, : len(target), : len(text)],
+            self.tokenizer.source_pieces(text.tolist()),
+            shown,
+        )
 
 
-@functools.cache
-def model_graph(config: seq2seq.Config) -> nnx.GraphDef:
-    """The static half of the model; its parameters are not made."""
-    model = nnx.eval_shape(lambda: seq2seq.Model(config, rngs=nnx.Rngs(0)))
-    return nnx.split(model, nnx.Param)[0]
+def _join(parts: Sequence[Sequence[Translation]]) -> list[Translation]:
+    """Translations of a text from those of its parts, rank by rank."""
+    joined = []
+    for ranks in zip(*parts):
+        alignments = [rank.alignment for rank in ranks if rank.alignment is not None]
+        joined.append(
+            Translation(
+                " ".join(rank.text for rank in ranks),
+                float(np.mean([rank.score for rank in ranks])),
+                side_by_side(alignments) if alignments else None,
+            )
+        )
+    return joined
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "decoding"))
-def _search(
-    params: Any, source: jax.Array, *, graph, decoding: DecodingConfig
-) -> Hypotheses:
-    model = nnx.merge(graph, params)
-    rows, width = source.shape
-    steps = min(decoding.max_length, 2 * width + EXTRA_LENGTH)
-    memory, lengths = model.encode(source)
-    cache = model.init_cache(memory, lengths, hypotheses=decoding.beams, steps=steps)
-    limit = jax.numpy.minimum(2 * lengths + EXTRA_LENGTH, steps)
-    return beam_search(
-        model.decode_step,
-        cache,
-        batch_size=rows,
-        beams=decoding.beams,
-        bos=BOS,
-        eos=EOS,
-        pad=PAD,
-        max_length=steps,
-        limit=jax.numpy.where(lengths > 0, limit, 0),
-        forbidden=(UNK,),
-        length_penalty=decoding.penalty,
-        exact=decoding.exact,
+def _phrase_rows(phrases: Sequence[Sequence[Sequence[int]]]) -> np.ndarray | None:
+    """(B, C, L) ids, filled up with -1; None: no row has any."""
+    count = max((len(row) for row in phrases), default=0)
+    width = max((len(phrase) for row in phrases for phrase in row), default=0)
+    if not count or not width:
+        return None
+    count, width = (1 << (n - 1).bit_length() for n in (count, width))
+    rows = [[*row, *([[]] * (count - len(row)))] for row in phrases]
+    return np.stack([_filled(row, width) for row in rows])
+
+
+def _filled(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
+    filled = [[*row, *([-1] * (width - len(row)))] for row in rows]
+    return np.array(filled, np.int32).reshape(len(rows), width)
+
+
+def _checksum(row: np.ndarray, pad: int) -> int:
+    return zlib.crc32(row[row != pad].astype("<i4").tobytes()) & 0x7FFFFFFF
+
+
+def _within(
+    decoding: DecodingConfig, configs: Sequence[seq2seq.Config]
+) -> DecodingConfig:
+    """No longer than positions are known for."""
+    known = [c.max_positions for c in configs if c.positions == "learned"]
+    return dataclasses.replace(
+        decoding,
+        max_source=min([decoding.max_source, *known]),
+        max_length=min([decoding.max_length, *known]),
     )
 
 

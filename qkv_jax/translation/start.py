@@ -1,0 +1,283 @@
+"""What a run, or a translator, starts from: a published model, another run, or nothing."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+from flax import nnx
+
+from qkv_jax import data, training
+from qkv_jax.data import SentenceTokenizer, Tokenizer, write_atomically
+from qkv_jax.interop import InteropError, Pretrained, fetch, load, load_tokenizer
+from qkv_jax.interop.description import load_description, save_description
+from qkv_jax.models import seq2seq
+from qkv_jax.translation.config import (
+    DecodingConfig,
+    LanguageConfig,
+    TranslationConfig,
+)
+from qkv_jax.translation.translator import Translator
+
+TOKENIZER = "tokenizer"
+MODEL = "model.json"
+Checkpoint = int | Literal["best", "latest", "average"]
+# What a run may choose anew for a model that it starts from: none changes what weights mean.
+FREE = ("dropout", "embedding_dropout", "attention_dropout", "activation_dropout")
+FREE += ("dtype", "context")
+# Our names of decoding for those of a generation_config.json.
+GENERATION = {
+    "num_beams": "beams",
+    "length_penalty": "alpha",
+    "max_length": "max_length",
+    "min_length": "min_length",
+    "no_repeat_ngram_size": "no_repeat_ngram",
+    "repetition_penalty": "repetition_penalty",
+}
+
+
+class Start(NamedTuple):
+    """A model with its weights.
+
+    Attributes:
+        model: its configuration.
+        params: its weights.
+        tokenizer: that it was trained with.
+        decoding: how it is made to translate.
+        pretrained: where it is a published one, what it takes to write it back.
+    """
+
+    model: seq2seq.Config
+    params: Any
+    tokenizer: SentenceTokenizer
+    decoding: DecodingConfig
+    pretrained: Pretrained | None
+
+
+def load_translator(
+    model: str | Path,
+    *more: str | Path,
+    checkpoint: Checkpoint | None = None,
+    languages: LanguageConfig = LanguageConfig(),
+    mesh: jax.sharding.Mesh | None = None,
+    **decoding: Any,
+) -> Translator:
+    """A model ready to translate: of a run, of a Hugging Face directory, or of a hub name.
+
+    Args:
+        model: directory of a run, imported or published model, or a name such as
+            "Helsinki-NLP/opus-mt-en-de".
+        *more: models that decide with it, by the mean of their log-probabilities.
+        checkpoint: of runs; see `load_run`.
+        languages: of published models for several.
+        mesh: see `Translator`.
+        **decoding: fields of `DecodingConfig` to change; None: as configured.
+
+    Raises:
+        RunError, InteropError: there is no such model, or it is damaged or does not fit.
+    """
+    options: dict[str, Any] = {"checkpoint": checkpoint, "languages": languages}
+    others = [load_translator(one, mesh=mesh, **options, **decoding) for one in more]
+    start = load_start(model, **options)
+    changes = {name: value for name, value in decoding.items() if value is not None}
+    try:
+        return Translator(
+            start.model,
+            start.params,
+            start.tokenizer,
+            decoding=dataclasses.replace(start.decoding, **changes),
+            mesh=mesh,
+            others=others,
+        )
+    except ValueError as error:
+        raise training.RunError(f"{model}: {error}") from error
+
+
+def load_start(
+    model: str | Path,
+    *,
+    checkpoint: Checkpoint | None = None,
+    languages: LanguageConfig = LanguageConfig(),
+) -> Start:
+    """A run's, an imported or a published model; arguments as for `load_translator`."""
+    if is_run(model):
+        if languages != LanguageConfig():
+            raise training.RunError(
+                f"{model} is a run, whose languages are those it was trained with: "
+                "leave out the options of languages."
+            )
+        return _of_run(Path(model), checkpoint)
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise training.RunError(
+            f"{model} is not a run or a published model: it has no config.json."
+        )
+    if checkpoint is not None:
+        raise training.RunError(f"{model} is no run: it has no checkpoints to choose from.")
+    directory = fetch(str(model))
+    pretrained = load(directory)
+    tokenizer = published_tokenizer(directory, pretrained, languages)
+    return Start(
+        pretrained.config,
+        pretrained.params,
+        tokenizer,
+        published_decoding(pretrained),
+        pretrained,
+    )
+
+
+def is_run(directory: str | Path) -> bool:
+    """Whether a directory is that of a run, by its config.json."""
+    try:
+        content = json.loads((Path(directory) / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "kind" in content
+
+
+def read_run(directory: str | Path) -> TranslationConfig:
+    """The configuration of a run on disk.
+
+    Raises:
+        RunError: it is no run of this task.
+    """
+    content = training.read_config(directory)
+    for name in ("tokenizer", "batch_rows"):
+        content.pop(name, None)
+    try:
+        return TranslationConfig.from_json(content)
+    except (KeyError, StopIteration, TypeError, ValueError) as error:
+        raise training.RunError(
+            f"{directory} is not a run of this version's translation task ({error}): "
+            "use the version that made it."
+        ) from error
+
+
+def published_tokenizer(
+    directory: Path, pretrained: Pretrained, languages: LanguageConfig
+) -> SentenceTokenizer:
+    """The tokeniser of a published model, of which every id has its row of the embeddings.
+
+    Raises:
+        InteropError: a file is missing, or the vocabularies do not fit.
+    """
+    tokenizer = load_tokenizer(
+        directory,
+        family=pretrained.family,
+        settings=pretrained.settings,
+        generation=pretrained.generation,
+        source_language=languages.source,
+        target_language=languages.target,
+        source_prefix=languages.prefix,
+    )
+    config = pretrained.config
+    for side, ids, rows in (
+        ("source", tokenizer.source_size, config.source_vocabulary),
+        ("target", tokenizer.target_size, config.vocabulary),
+    ):
+        rows = config.vocabulary if rows is None else rows
+        if ids > rows:
+            raise InteropError(
+                f"{directory}: the tokeniser has {ids:,} ids on the {side} side, and the model "
+                f"{rows:,} embeddings: they are of different models."
+            )
+    return tokenizer
+
+
+def published_decoding(pretrained: Pretrained) -> DecodingConfig:
+    """How a published model is configured to translate; what it does not say, as ours is."""
+    settings = pretrained.settings | pretrained.generation
+    found = {
+        ours: settings[theirs]
+        for theirs, ours in GENERATION.items()
+        if settings.get(theirs) is not None
+    }
+    if settings.get("early_stopping") == "never":
+        found["exact"] = True
+    # Their lengths count the start; ours do not.
+    if "max_length" in found:
+        found["max_length"] = max(1, found["max_length"] - 1)
+    found["min_length"] = max(0, found.get("min_length", 0) - 2)
+    return DecodingConfig(**found)
+
+
+def started(config: TranslationConfig) -> Start | None:
+    """What a run starts from, with what it may choose anew; None: from new weights.
+
+    Raises:
+        RunError, InteropError: as `load_start`.
+    """
+    if config.init_from is None:
+        return None
+    start = load_start(config.init_from, languages=config.languages)
+    changes = {name: getattr(config.model, name) for name in FREE}
+    return start._replace(model=dataclasses.replace(start.model, **changes))
+
+
+def run_model(
+    config: TranslationConfig, tokenizer: SentenceTokenizer, directory: Path
+) -> seq2seq.Config:
+    """The model of a run: that which it started from, or the configured one.
+
+    Raises:
+        RunError: model.json is damaged.
+    """
+    file = directory / MODEL
+    if config.init_from is None:
+        return dataclasses.replace(
+            config.model, vocabulary=tokenizer.target_size, pad=tokenizer.pad
+        )
+    try:
+        return seq2seq.Config(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise training.RunError(f"{file} is damaged ({error}): restore it.") from error
+
+
+def save_start(start: Start, directory: Path) -> None:
+    """Writes what the run needs of it: model.json, and of a published model, its names."""
+    write_atomically(
+        directory / MODEL,
+        json.dumps(dataclasses.asdict(start.model), indent=1).encode(),
+    )
+    if start.pretrained is not None:
+        save_description(start.pretrained, directory / TOKENIZER)
+
+
+def _of_run(directory: Path, checkpoint: Checkpoint | None) -> Start:
+    config = read_run(directory)
+    pretrained = load_description(directory / TOKENIZER)
+    try:
+        if pretrained is None:
+            tokenizer: SentenceTokenizer = Tokenizer.load(directory / TOKENIZER)
+        else:
+            tokenizer = published_tokenizer(
+                directory / TOKENIZER, pretrained, config.languages
+            )
+    except data.DataError as error:
+        raise training.RunError(str(error)) from error
+    model = run_model(config, tokenizer, directory)
+    params = _restore(config, model, directory, checkpoint)
+    if pretrained is not None:
+        pretrained = dataclasses.replace(pretrained, config=model, params=params)
+    return Start(model, params, tokenizer, config.decoding, pretrained)
+
+
+def _restore(
+    config: TranslationConfig,
+    model: seq2seq.Config,
+    directory: Path,
+    checkpoint: Checkpoint | None,
+) -> Any:
+    average = config.training.average
+    like = jax.eval_shape(lambda: init_params(model, seed=0))
+    if checkpoint is None:
+        checkpoint = "average" if average > 1 else "best"
+    tuned = {"finetune": config.finetune}
+    if checkpoint == "average":
+        return training.average_params(directory, like, count=average, **tuned)
+    return training.restore_params(directory, like, step=checkpoint, **tuned)
+
+
+def init_params(config: seq2seq.Config, *, seed: int) -> Any:
+    """The parameters of a new model."""
+    return nnx.state(seq2seq.Model(config, rngs=nnx.Rngs(seed)), nnx.Param)
