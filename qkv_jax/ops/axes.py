@@ -1,6 +1,7 @@
 """The names of array axes, and the one table of which mesh axes each is split over."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "head_dim": (),
     "ff": ("tensor",),
     "vocab": ("tensor",),
+    "rank": (),
 }
 
 
@@ -55,6 +57,15 @@ def partition_spec(mesh: Mesh | AbstractMesh, *names: str | None) -> PartitionSp
     """
     axes = [mesh_axes(mesh, name) for name in names]
     return PartitionSpec(*(part or None for part in axes))
+
+
+def input_axes(names: Sequence[str | None]) -> int:
+    """How many leading axes of a kernel its product sums over; the others are what it gives.
+
+    By the names of its axes: what reads the model's width "embed" has it first, what writes it,
+    last. The same for the factors of a kernel, by their "rank".
+    """
+    return 1 if names[0] in ("embed", "rank") else len(names) - 1
 
 
 def pin(x: Array, *names: str | None) -> Array:

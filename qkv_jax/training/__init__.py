@@ -1,5 +1,10 @@
 """Training: a loss function and an iterator in, a trained and resumable run out."""
 
+from qkv_jax.training.adapters import FinetuneConfig as FinetuneConfig
+from qkv_jax.training.adapters import LoraConfig as LoraConfig
+from qkv_jax.training.adapters import count_params as count_params
+from qkv_jax.training.adapters import merge_params as merge_params
+from qkv_jax.training.adapters import split_params as split_params
 from qkv_jax.training.checkpoint import CheckpointStore as CheckpointStore
 from qkv_jax.training.checkpoint import average_params as average_params
 from qkv_jax.training.checkpoint import checkpoint_steps as checkpoint_steps

@@ -4,8 +4,11 @@ A checkpoint has the items `params`, `ema` (where the run keeps one), `training`
 state, rng) and `progress` (JSON: data position, best metric, and the like). Arrays are saved
 under their dotted names, so that none of the pytree classes is needed to read them. `files.json`
 lists the size of every file, so that one that was cut short is named before orbax meets it.
+Parameters that are not trained are the same in all checkpoints, and are kept once, before the
+first of them is begun, as run/checkpoints/constant/params/.
 """
 
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -18,12 +21,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
+from qkv_jax.training.adapters import FinetuneConfig, merge_params, split_params
 from qkv_jax.training.distributed import is_first, on_first
 from qkv_jax.training.errors import DamagedCheckpoint, RunError
 from qkv_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
 SIZES_FILE = "files.json"
+CONSTANT = "constant"
 
 
 class CheckpointStore:
@@ -45,6 +50,7 @@ class CheckpointStore:
         self.directory = Path(directory).absolute()
         self._policy = _KeepLatestAndBest(keep)
         self._saving = 0
+        self._has_constant = False
         self.set_aside: list[str] = []
         on_commit = ocp.AsyncOptions(
             post_finalization_callback=lambda: self._write_sizes()
@@ -74,6 +80,7 @@ class CheckpointStore:
         """
         self.wait()
         self._saving = step
+        self._save_constant(state)
         self._policy.best_step = progress.get("best_step")
         items = {
             name: ocp.args.StandardSave(item) for name, item in _items(state).items()
@@ -83,6 +90,21 @@ class CheckpointStore:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except Exception as error:
             raise self._unwritten(error) from error
+
+    def _save_constant(self, state: TrainState) -> None:
+        """Anew in each run that has no checkpoint to go on from: who knows whose they are."""
+        if self._has_constant or state.constant is None:
+            return
+        place = self.directory / FOLDER / CONSTANT
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(
+                    place / "params", _flatten(state.constant), force=True
+                )
+            on_first(lambda: _write_sizes(place))
+        except Exception as error:
+            raise self._unwritten(error) from error
+        self._has_constant = True
 
     def _write_sizes(self) -> None:
         if is_first():
@@ -131,7 +153,15 @@ class CheckpointStore:
         training = _unflatten(_training(like), items["training"])
         ema = None if like.ema is None else _unflatten(like.ema, items["ema"])
         params = _unflatten(like.params, items["params"])
-        return TrainState(params=params, ema=ema, **training), progress
+        constant = None
+        if like.constant is not None:
+            place = self.directory / FOLDER / CONSTANT
+            _check_sizes(place)
+            kept = _restore(place, "params", _flatten(like.constant))
+            constant = _unflatten(like.constant, kept)
+            self._has_constant = True
+        state = TrainState(params=params, ema=ema, constant=constant, **training)
+        return state, progress
 
     def wait(self) -> None:
         """Returns when the last checkpoint is complete."""

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
+from qkv_jax.training.adapters import FinetuneConfig, merge_params
 from qkv_jax.training.checkpoint import CheckpointStore
 from qkv_jax.training.distributed import is_first
 from qkv_jax.training.errors import Interrupted, NotFinite
@@ -161,6 +162,7 @@ def train(
     evaluate: Callable[[Any], dict[str, float]] | None = None,
     callbacks: Sequence[Callback] = (),
     mesh: Mesh | None = None,
+    finetune: FinetuneConfig | None = None,
     console: Console | None = None,
 ) -> TrainResult:
     """Trains to the end, or goes on to it from the latest checkpoint in the directory.
@@ -180,6 +182,8 @@ def train(
             devices, and the state is donated to the next step: to read is to wait, to keep is
             to copy.
         mesh: see make_mesh; None: all devices.
+        finetune: which part of params is trained; None: all. evaluate gets all of them, merged;
+            the states that callbacks and the result have are parted, see merge_params.
         console: for progress; None: standard error.
 
     Returns:
@@ -197,7 +201,7 @@ def train(
         raise ValueError("patience needs evaluate; pass a function, or patience=None.")
     began = time.perf_counter()
     mesh = auto_mesh(mesh or make_mesh())
-    step_fn, state = _build(params, loss_fn, optimizer, config, mesh)
+    step_fn, state = _build(params, loss_fn, optimizer, config, mesh, finetune)
     with CheckpointStore(directory, keep=config.keep) as store:
         state, record = _resume(store, state, iterator)
         with (
@@ -209,7 +213,9 @@ def train(
                 line.say(f"damaged, and set aside: {name}")
             if record.step:
                 line.say(f"resuming {directory} at step {record.step}")
-            session = _Session(config, store, writer, line, record, evaluate, iterator)
+            session = _Session(
+                config, store, writer, line, record, evaluate, iterator, finetune
+            )
             while not session.ended:
                 rows = _next(iterator)
                 batch = place_batch(rows, mesh, accumulate=config.accumulate)
@@ -231,6 +237,7 @@ def _build(
     optimizer: OptimizerConfig,
     config: TrainingConfig,
     mesh: Mesh,
+    finetune: FinetuneConfig | None,
 ) -> tuple["_CountedStep", TrainState]:
     """The compiled step of this configuration, and its first state."""
     transformation = make_optimizer(optimizer, config.steps)
@@ -242,6 +249,7 @@ def _build(
         accumulate=config.accumulate,
         ema_decay=config.ema_decay,
         rng_impl=config.rng_impl,
+        finetune=finetune,
     )
     state = create_state(
         params,
@@ -250,6 +258,7 @@ def _build(
         mesh=mesh,
         rng_impl=config.rng_impl,
         ema=config.ema_decay is not None,
+        finetune=finetune,
     )
     return _CountedStep(step), state
 
@@ -313,9 +322,10 @@ class _Signals:
 class _Session:
     """What happens between two steps: metrics, evaluation, checkpoints, the end."""
 
-    def __init__(self, config, store, writer, line, record, evaluate, iterator):
+    def __init__(self, config, store, writer, line, record, evaluate, iterator, finetune):
         self.config, self.store, self.writer, self.line = config, store, writer, line
         self.record, self.evaluate, self.iterator = record, evaluate, iterator
+        self.finetune = finetune
         self.log = TrainLog(
             writer, line, every=config.log_every, max_skipped=config.max_skipped
         )
@@ -388,7 +398,8 @@ class _Session:
         if self.evaluate is None or not due:
             return False
         self.log.flush()
-        values = self.evaluate(state.params if state.ema is None else state.ema)
+        trained = state.params if state.ema is None else state.ema
+        values = self.evaluate(merge_params(trained, state.constant, self.finetune))
         self.log.restart()
         if config.metric not in values:
             raise ValueError(

@@ -10,6 +10,8 @@ import optax
 from flax import nnx
 from optax import contrib
 
+from qkv_jax.ops.axes import input_axes
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -191,16 +193,18 @@ def _matrices(params: Any, *, each_head: bool = False) -> Any:
     """Which axes of each parameter a matrix product sums over; None: it is no such matrix.
 
     By the names of a parameter's axes: the model's width "embed" comes first in what a layer
-    reads with, and last in what it writes with. A plain array is a matrix if it has two axes.
+    reads with, and last in what it writes with; and so does the "rank" of an adapter's factors.
+    A plain array is a matrix if it has two axes.
     """
 
     def numbers(param: Any) -> contrib.MuonDimensionNumbers | None:
         if not isinstance(param, nnx.Variable):
             return contrib.MuonDimensionNumbers() if param.ndim == 2 else None
         axes = param.get_metadata().get("axes", ())
-        if len(axes) < 2 or "embed" not in axes or "vocab" in axes:
+        within = "embed" in axes or "rank" in axes
+        if len(axes) < 2 or not within or "vocab" in axes:
             return None
-        split = 1 if axes[0] == "embed" else len(axes) - 1
+        split = input_axes(axes)
         apart = ("heads", "kv_heads") if each_head else ()
         reads, writes = (
             tuple(i for i in part if axes[i] not in apart)

@@ -171,13 +171,14 @@ def plan_step(
     """
     compiled = step.lower(state, batch).compile()
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    parameters = device_bytes(state.params)
+    parameters = device_bytes((state.params, state.constant))
+    gradients = min(device_bytes(state.params), memory.temp_size_in_bytes)
     optimizer = device_bytes((state.opt_state, state.ema))
     held = {
         "parameters": parameters,
         "optimizer": optimizer,
-        "gradients": min(parameters, memory.temp_size_in_bytes),
-        "activations": max(0, memory.temp_size_in_bytes - parameters),
+        "gradients": gradients,
+        "activations": memory.temp_size_in_bytes - gradients,
     }
     devices = jax.tree.leaves(state.params)[0].sharding.num_devices
     return Plan(

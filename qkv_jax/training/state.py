@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from qkv_jax.training.sharding import state_shardings
+from qkv_jax.training.adapters import FinetuneConfig, split_params
+from qkv_jax.training.sharding import place_state, state_shardings
 
 
 @jax.tree_util.register_dataclass
@@ -19,11 +20,13 @@ class TrainState:
 
     Attributes:
         step: () int32, updates made.
-        params: pytree of float32 arrays.
+        params: pytree of float32 arrays: all of the model, or the part that is trained, see
+            split_params.
         opt_state: the optimizer's.
         rng: key data (not a typed key, so that it can be saved), the same in all steps: step n
             uses fold_in(rng, n), whether or not the run was interrupted before n.
         ema: exponential moving average of params, or None.
+        constant: the part of the model that is not trained, see split_params; None: there is none.
     """
 
     step: jax.Array
@@ -31,6 +34,7 @@ class TrainState:
     opt_state: Any
     rng: jax.Array
     ema: Any = None
+    constant: Any = None
 
 
 def create_state(
@@ -41,23 +45,26 @@ def create_state(
     mesh: Mesh,
     rng_impl: str = "rbg",
     ema: bool = False,
+    finetune: FinetuneConfig | None = None,
 ) -> TrainState:
     """The state before the first step, made on the mesh: shapes first, then places, then values.
 
     Args:
-        params: pytree of float32 arrays, which is copied; or a function that makes it, run
-            under jit straight into its place, for models larger than one device.
+        params: pytree of float32 arrays, which is copied, numpy's shard by shard into its place;
+            or a function that makes it, run under jit straight there: both for models larger
+            than one device.
         optimizer: see make_optimizer.
-        seed: of the steps' random numbers (dropout), not of the parameters.
+        seed: of the steps' random numbers (dropout) and of new adapters, not of the parameters.
         mesh: see make_mesh.
         rng_impl: jax PRNG implementation; "rbg" is cheap on CPU and on accelerators.
-        ema: keep a moving average, which starts at params.
+        ema: keep a moving average of what is trained, which starts at it.
+        finetune: which part is trained; None: all.
 
     Raises:
-        ValueError: the mesh does not divide the model, see state_shardings.
+        ValueError: the mesh does not divide the model, see state_shardings; or see split_params.
     """
-    create = _creator(params, optimizer, seed, rng_impl, ema)
-    given = None if callable(params) else params
+    create = _creator(params, optimizer, seed, rng_impl, ema, finetune)
+    given = None if callable(params) else place_state(params, mesh)
     places = state_shardings(jax.eval_shape(create, given), mesh)
     return jax.jit(create, out_shardings=places)(given)
 
@@ -69,9 +76,10 @@ def abstract_state(
     mesh: Mesh,
     rng_impl: str = "rbg",
     ema: bool = False,
+    finetune: FinetuneConfig | None = None,
 ) -> TrainState:
     """The shapes, dtypes and shardings of what create_state would make; nothing is made."""
-    shapes = jax.eval_shape(_creator(params, optimizer, 0, rng_impl, ema), None)
+    shapes = jax.eval_shape(_creator(params, optimizer, 0, rng_impl, ema, finetune), None)
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         shapes,
@@ -79,15 +87,17 @@ def abstract_state(
     )
 
 
-def _creator(params, optimizer, seed: int, rng_impl: str, ema: bool):
+def _creator(params, optimizer, seed: int, rng_impl: str, ema: bool, finetune):
     def create(given: Any) -> TrainState:
-        made = params() if callable(params) else given
+        whole = params() if callable(params) else given
+        made, constant = split_params(whole, finetune, seed=seed)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=made,
             opt_state=optimizer.init(made),
             rng=jax.random.key_data(jax.random.key(seed, impl=rng_impl)),
             ema=made if ema else None,
+            constant=constant,
         )
 
     return create

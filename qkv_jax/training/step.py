@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from qkv_jax.training.adapters import FinetuneConfig, merge_params
 from qkv_jax.training.sharding import (
     auto_mesh,
     logical_sharding,
@@ -35,6 +36,7 @@ def make_train_step(
     accumulate: int = 1,
     ema_decay: float | None = None,
     rng_impl: str = "rbg",
+    finetune: FinetuneConfig | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A jitted step that minimises the loss per real token of the whole batch.
 
@@ -52,6 +54,7 @@ def make_train_step(
         ema_decay: of the moving average in state.ema, capped at (1 + n) / (10 + n) after n
             updates; None: none.
         rng_impl: that of state.rng.
+        finetune: which part of the parameters is trained, as in create_state; loss_fn gets all.
 
     Returns:
         step(state, batch) -> (state, metrics). The given state is donated: use the returned one.
@@ -63,6 +66,11 @@ def make_train_step(
 
     mesh = auto_mesh(mesh)
 
+    def of_trained(constant: Any) -> LossFn:
+        return lambda trained, batch, rng: loss_fn(
+            merge_params(trained, constant, finetune, rng=rng), batch, rng
+        )
+
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             new, metrics = update(state, batch)
@@ -73,7 +81,7 @@ def make_train_step(
         rng = jax.random.wrap_key_data(state.rng, impl=rng_impl)
         rng = jax.random.fold_in(rng, state.step)
         grads, sums = _summed_gradient(
-            loss_fn, state.params, batch, rng, accumulate, mesh
+            of_trained(state.constant), state.params, batch, rng, accumulate, mesh
         )
         metrics = per_token(sums)
         scale = 1.0 / jnp.maximum(sums["tokens"], 1.0)
@@ -104,6 +112,7 @@ def make_train_step(
             opt_state=opt_state,
             rng=state.rng,
             ema=ema,
+            constant=state.constant,
         )
         return new, metrics
 
