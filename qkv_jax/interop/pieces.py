@@ -158,17 +158,22 @@ class SentencePieces:
 
 
 class FastPieces:
-    """Pieces of a `tokenizers` pipeline; what looks like a special token in a text is text."""
+    """Pieces of a `tokenizers` pipeline; what looks like a special token in a text is none."""
 
     def __init__(self, tokenizer: Any):
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True
         self.tokenizer = tokenizer
+        self.unk = tokenizer.token_to_id("<unk>")
+        added = tokenizer.get_added_tokens_decoder()
+        self.special = {index for index, token in added.items() if token.special}
 
     def encode(self, sentences: Sequence[str]) -> list[list[int]]:
         found = self.tokenizer.encode_batch(list(sentences), add_special_tokens=False)
-        return [encoding.ids for encoding in found]
+        # A Unigram model has special tokens among its pieces, and finds them.
+        special, unk = self.special, self.unk
+        return [[unk if x in special else x for x in row.ids] for row in found]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
