@@ -5,8 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from qkv_jax.interop import InteropError, load, load_tokenizer, read_tensors
-from qkv_jax.interop.marian_npz import convert_marian, is_marian_npz
+from qkv_jax.interop import (
+    InteropError,
+    convert_marian,
+    is_marian_npz,
+    load,
+    load_tokenizer,
+    read_tensors,
+)
 from tests.interop import toy, toy_marian
 
 
