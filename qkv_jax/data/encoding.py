@@ -129,9 +129,7 @@ class EncodedPairs(NamedTuple):
         }
 
 
-def encode_sources(
-    sentences: Sequence[str], tokenizer: SentenceTokenizer
-) -> Sentences:
+def encode_sources(sentences: Sequence[str], tokenizer: SentenceTokenizer) -> Sentences:
     """Return the sentences as token ids of the source."""
     return Sentences.from_lists(
         tokenizer.encode_source(sentences),
@@ -140,9 +138,7 @@ def encode_sources(
     )
 
 
-def encode_targets(
-    sentences: Sequence[str], tokenizer: SentenceTokenizer
-) -> Sentences:
+def encode_targets(sentences: Sequence[str], tokenizer: SentenceTokenizer) -> Sentences:
     """Return the sentences as token ids of the target."""
     return Sentences.from_lists(
         tokenizer.encode_target(sentences), ending=(tokenizer.eos,), pad=tokenizer.pad

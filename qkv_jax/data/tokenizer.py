@@ -39,13 +39,26 @@ class SentenceTokenizer(Protocol):
         digest: equal for equal tokenizers.
     """
 
-    pad: int
-    start: int
-    eos: int
-    unk: int | None
-    prefix: tuple[int, ...]
-    source_ending: tuple[int, ...]
-    never: tuple[int, ...]
+    @property
+    def pad(self) -> int: ...
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def eos(self) -> int: ...
+
+    @property
+    def unk(self) -> int | None: ...
+
+    @property
+    def prefix(self) -> tuple[int, ...]: ...
+
+    @property
+    def source_ending(self) -> tuple[int, ...]: ...
+
+    @property
+    def never(self) -> tuple[int, ...]: ...
 
     @property
     def source_size(self) -> int: ...
@@ -125,7 +138,15 @@ class Tokenizer:
         """The number of ids, special ones included."""
         return self._processor.get_piece_size()
 
-    source_size = target_size = vocab_size
+    @property
+    def source_size(self) -> int:
+        """The same: one vocabulary."""
+        return self.vocab_size
+
+    @property
+    def target_size(self) -> int:
+        """The same: one vocabulary."""
+        return self.vocab_size
 
     @property
     def digest(self) -> str:

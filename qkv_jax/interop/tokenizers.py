@@ -66,7 +66,7 @@ class PretrainedTokenizer:
     _tidy: Callable[[str], str] = field(repr=False)
     _files: Mapping[str, bytes] = field(repr=False)
 
-    def encode_source(self, sentences: Iterable[str]) -> list[list[int]]:
+    def encode_source(self, sentences: Sequence[str]) -> list[list[int]]:
         """The ids that the encoder takes: language, pieces and ending.
 
         Raises:
@@ -77,7 +77,7 @@ class PretrainedTokenizer:
         begin, end = self.source_beginning, self.source_ending
         return [[*begin, *own, *row, *end] for (own, _), row in zip(prepared, rows)]
 
-    def encode_target(self, sentences: Iterable[str]) -> list[list[int]]:
+    def encode_target(self, sentences: Sequence[str]) -> list[list[int]]:
         """The labels: prefix, pieces and EOS."""
         rows = self._target.encode(_rows(sentences))
         return [[*self.prefix, *row, self.eos] for row in rows]

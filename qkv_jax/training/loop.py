@@ -322,7 +322,9 @@ class _Signals:
 class _Session:
     """What happens between two steps: metrics, evaluation, checkpoints, the end."""
 
-    def __init__(self, config, store, writer, line, record, evaluate, iterator, finetune):
+    def __init__(
+        self, config, store, writer, line, record, evaluate, iterator, finetune
+    ):
         self.config, self.store, self.writer, self.line = config, store, writer, line
         self.record, self.evaluate, self.iterator = record, evaluate, iterator
         self.finetune = finetune

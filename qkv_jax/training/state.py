@@ -79,7 +79,9 @@ def abstract_state(
     finetune: FinetuneConfig | None = None,
 ) -> TrainState:
     """The shapes, dtypes and shardings of what create_state would make; nothing is made."""
-    shapes = jax.eval_shape(_creator(params, optimizer, 0, rng_impl, ema, finetune), None)
+    shapes = jax.eval_shape(
+        _creator(params, optimizer, 0, rng_impl, ema, finetune), None
+    )
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         shapes,

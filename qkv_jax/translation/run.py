@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,6 @@ from qkv_jax.translation.start import (
     Checkpoint,
     Start,
     init_params,
-    load_start,
     load_translator,
     read_run,
     save_start,
@@ -224,7 +223,11 @@ def _train_run(
     evaluate = None
     if len(prepared.valid.source):
         evaluate = _validation(config, model, prepared, mesh)
-    if start is not None and evaluate is not None and not training.has_checkpoint(directory):
+    if (
+        start is not None
+        and evaluate is not None
+        and not training.checkpoint_steps(directory)
+    ):
         _say_first_score(evaluate(start.params), console)
     result = training.train(
         params=make_params if start is None else start.params,
@@ -239,7 +242,7 @@ def _train_run(
         console=console,
     )
     trained = time.perf_counter() - began
-    summary = {
+    summary: dict[str, Any] = {
         "steps": result.step,
         "stopped_early": result.stopped_early,
         "best_step": result.best_step,

@@ -22,10 +22,17 @@ from qkv_jax.translation.translator import Translator
 
 TOKENIZER = "tokenizer"
 MODEL = "model.json"
+NO_LANGUAGES = LanguageConfig()
 Checkpoint = int | Literal["best", "latest", "average"]
 # What a run may choose anew for a model that it starts from: none changes what weights mean.
-FREE = ("dropout", "embedding_dropout", "attention_dropout", "activation_dropout")
-FREE += ("dtype", "context")
+FREE = (
+    "dropout",
+    "embedding_dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "dtype",
+    "context",
+)
 # Our names of decoding for those of a generation_config.json.
 GENERATION = {
     "num_beams": "beams",
@@ -59,7 +66,7 @@ def load_translator(
     model: str | Path,
     *more: str | Path,
     checkpoint: Checkpoint | None = None,
-    languages: LanguageConfig = LanguageConfig(),
+    languages: LanguageConfig = NO_LANGUAGES,
     mesh: jax.sharding.Mesh | None = None,
     **decoding: Any,
 ) -> Translator:
@@ -98,11 +105,11 @@ def load_start(
     model: str | Path,
     *,
     checkpoint: Checkpoint | None = None,
-    languages: LanguageConfig = LanguageConfig(),
+    languages: LanguageConfig = NO_LANGUAGES,
 ) -> Start:
     """A run's, an imported or a published model; arguments as for `load_translator`."""
     if is_run(model):
-        if languages != LanguageConfig():
+        if languages != NO_LANGUAGES:
             raise training.RunError(
                 f"{model} is a run, whose languages are those it was trained with: "
                 "leave out the options of languages."
@@ -113,7 +120,9 @@ def load_start(
             f"{model} is not a run or a published model: it has no config.json."
         )
     if checkpoint is not None:
-        raise training.RunError(f"{model} is no run: it has no checkpoints to choose from.")
+        raise training.RunError(
+            f"{model} is no run: it has no checkpoints to choose from."
+        )
     directory = fetch(str(model))
     pretrained = load(directory)
     tokenizer = published_tokenizer(directory, pretrained, languages)
@@ -246,9 +255,10 @@ def save_start(start: Start, directory: Path) -> None:
 def _of_run(directory: Path, checkpoint: Checkpoint | None) -> Start:
     config = read_run(directory)
     pretrained = load_description(directory / TOKENIZER)
+    tokenizer: SentenceTokenizer
     try:
         if pretrained is None:
-            tokenizer: SentenceTokenizer = Tokenizer.load(directory / TOKENIZER)
+            tokenizer = Tokenizer.load(directory / TOKENIZER)
         else:
             tokenizer = published_tokenizer(
                 directory / TOKENIZER, pretrained, config.languages

@@ -115,11 +115,11 @@ class Translator:
                 raise ValueError(
                     "models that translate together need the same tokeniser, and theirs differ."
                 )
-        self.params = (
+        self.params: tuple[Any, ...] = (
             place_state(params, self.mesh),
             *(part for other in others for part in other.params),
         )
-        self.graphs = (
+        self.graphs: tuple[nnx.GraphDef, ...] = (
             model_graph(config),
             *(graph for other in others for graph in other.graphs),
         )
@@ -137,7 +137,7 @@ class Translator:
         *,
         n_best: int = 1,
         align: bool = False,
-        wishes: Wishes = Wishes(),
+        wishes: Wishes | None = None,
     ) -> list[list[Translation]]:
         """The n best translations of each sentence, best first; or n samples, as drawn.
 
@@ -148,11 +148,12 @@ class Translator:
             sentences: any number, of any length.
             n_best: at most as many as `decoding` finds.
             align: whether to say which words look at which; takes one more pass.
-            wishes: what the translations have to hold, and must not.
+            wishes: what the translations have to hold, and must not; None: anything.
 
         Raises:
             ValueError: n_best is not in 1 .. beams, or samples; wishes are not one a sentence.
         """
+        wishes = wishes or Wishes()
         found = self.decoding.found
         if not 1 <= n_best <= found:
             kind = "samples" if self.decoding.samples else "beams"
@@ -235,7 +236,9 @@ class Translator:
         if self.decoding.samples:
             rng = jax.random.key(self.decoding.seed)
             # The noise of a sentence depends on nothing but what it is.
-            given["row_ids"] = np.array([_checksum(row, self.ids.pad) for row in source])
+            given["row_ids"] = np.array(
+                [_checksum(row, self.ids.pad) for row in source]
+            )
         placed = place_batch(given, self.mesh)
         self.shapes.add(tuple(n for x in given.values() for n in x.shape))
         with jax.set_mesh(self.mesh):
@@ -287,7 +290,7 @@ class Translator:
         """Names of the model's attention layers."""
         return list(nnx.merge(self.graphs[0], self.params[0]).attention_layers())
 
-    def _attention(self, source: np.ndarray, target: np.ndarray, layer: str):
+    def _attention(self, source: np.ndarray, target: Any, layer: str) -> jax.Array:
         return search.attention(
             self.params[0],
             source,
@@ -305,7 +308,10 @@ class Translator:
             return [text]
         if self.decoding.overlong == "refuse":
             return []
-        length = lambda part: len(self.tokenizer.encode_source([part])[0])  # noqa: E731
+
+        def length(part: str) -> int:
+            return len(self.tokenizer.encode_source([part])[0])
+
         parts = split_text(text, length, self.lengths[-1])
         return [part for part in parts if part.strip()]
 
@@ -340,7 +346,9 @@ class Translator:
                     prefix=self._prefix_rows(
                         [() if i is None else prefixes[i] for i in rows]
                     ),
-                    phrases=_phrase_rows([[] if i is None else phrases[i] for i in rows]),
+                    phrases=_phrase_rows(
+                        [[] if i is None else phrases[i] for i in rows]
+                    ),
                     banned=banned,
                 )
             )
@@ -421,7 +429,7 @@ class Translator:
                     )
 
     def _aligned(
-        self, weights: np.ndarray, source: np.ndarray, target: np.ndarray
+        self, weights: np.ndarray, source: np.ndarray, target: Any
     ) -> Alignment:
         source = source[source != self.ids.pad]
         text = source[: len(source) - len(self.tokenizer.source_ending)]
