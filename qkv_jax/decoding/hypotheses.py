@@ -12,13 +12,17 @@ from jax import lax
 class Hypotheses:
     """The Z best hypotheses of B rows, best first, distinct within a row.
 
+    Of `sample`, Z samples in the order they were drawn.
+
     A place for which no hypothesis exists (fewer than Z are possible, or the row's limit is 0)
     has score and log-probability -inf, length 0 and nothing but PAD.
 
     Attributes:
         tokens: (B, Z, M) int32; M is the search's max_length. No BOS; EOS, then PAD.
-        scores: (B, Z) float32, descending: log_probs / length_penalty(lengths).
-        log_probs: (B, Z) float32: sum over tokens, EOS included.
+        scores: (B, Z) float32, descending: log_probs / length_penalty(lengths). In a beam search
+            with a repetition penalty, the penalised log-probabilities take the place of these.
+        log_probs: (B, Z) float32: sum of the model's own over the tokens, EOS included; those of
+            a prefix count 0.
         lengths: (B, Z) int32: generated tokens, EOS included.
     """
 

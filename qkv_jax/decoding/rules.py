@@ -74,7 +74,7 @@ def checked_rules(
         )
     excluded = tuple(sorted({pad, bos, *forbidden, *single} - {eos}))
     full = jnp.full((batch_size,), max_length, jnp.int32)
-    limit = full if limit is None else _integers("limit", limit, ("B",), batch_size)
+    limit = full if limit is None else integers("limit", limit, ("B",), batch_size)
     return Rules(
         bos=bos,
         eos=eos,
@@ -93,12 +93,12 @@ def checked_rules(
 def _optional(
     name: str, array: jax.Array | None, axes: tuple[str, ...], batch_size: int
 ) -> jax.Array | None:
-    """`_integers` of an array that may be absent; one without entries is absent."""
-    array = None if array is None else _integers(name, array, axes, batch_size)
+    """`integers` of an array that may be absent; one without entries is absent."""
+    array = None if array is None else integers(name, array, axes, batch_size)
     return None if array is None or array.size == 0 else array
 
 
-def _integers(
+def integers(
     name: str, array: jax.Array, axes: tuple[str, ...], batch_size: int
 ) -> jax.Array:
     array = jnp.asarray(array)
