@@ -110,7 +110,7 @@ def search(
         return sample(
             step,
             cache,
-            rng=rng,
+            rng=jax.random.key(0) if rng is None else rng,
             row_ids=row_ids,
             samples=decoding.samples,
             temperature=decoding.temperature,

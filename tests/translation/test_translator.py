@@ -43,10 +43,10 @@ def test_the_size_of_batches_changes_nothing(finished, translator, sentences):
 def test_calls_of_many_sizes_share_a_compilation(finished, sentences):
     one = load_run(finished, mesh=make_mesh(MeshConfig(data=1)))
     one(sentences[:5])
-    compiled = module._search._cache_size()
+    compiled = module.search.search._cache_size()
     one(sentences[:6])
     one(sentences[:8])
-    assert module._search._cache_size() == compiled
+    assert module.search.search._cache_size() == compiled
 
 
 def test_a_blank_sentence_stays_blank(translator, sentences):

@@ -1,0 +1,187 @@
+"""The options of the commands that use a model."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from qkv_jax.cli.parsing import UsageError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Use:
+    """What every command that uses a model takes.
+
+    Attributes:
+        model: directory of a run, of an imported or published model, or a name on the hub.
+        ensemble: more models, which decide with it by the mean of their log-probabilities.
+        checkpoint: of a run: a step, "best", "latest" or "average"; default as it is configured.
+        source_language, target_language: of a published model for several, such as "eng_Latn".
+        source_prefix: text before every source, such as "translate English to German: ".
+        alpha: of the length penalty.
+        max_source: tokens of the longest source; a longer one is cut, or as --overlong says.
+        max_length: tokens of the longest translation.
+    """
+
+    model: tyro.conf.Positional[Path]
+    ensemble: tuple[Path, ...] = ()
+    checkpoint: str | None = None
+    source_language: str | None = None
+    target_language: str | None = None
+    source_prefix: str | None = None
+    alpha: float | None = None
+    max_source: int | None = None
+    max_length: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search(Use):
+    """How translations are looked for; what is not given is as the model is configured.
+
+    Attributes:
+        beams: hypotheses kept in the search; 1: greedy.
+        exact: whether to search until nothing better is possible.
+        min_length: fewest tokens of a translation.
+        no_repeat_ngram: n: no n tokens in a row occur twice.
+        repetition_penalty: above 1: what was said becomes less likely.
+        overlong: what becomes of longer sources: they are cut ("truncate"), translated in parts
+            ("split") or left empty ("refuse"), and counted.
+        samples: draw so many translations in place of a search.
+        temperature, top_k, top_p, typical: of the distribution they are drawn from.
+        seed: of the samples.
+        minimum_risk: order samples by their mean chrF against each other.
+        batch_rows: sentences translated at once.
+    """
+
+    beams: int | None = None
+    exact: bool | None = None
+    min_length: int | None = None
+    no_repeat_ngram: int | None = None
+    repetition_penalty: float | None = None
+    overlong: Literal["truncate", "split", "refuse"] | None = None
+    samples: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    typical: float | None = None
+    seed: int | None = None
+    minimum_risk: bool | None = None
+    batch_rows: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate(Search):
+    """BLEU and chrF of a model on held-out text, with sacreBLEU's signatures.
+
+    Attributes:
+        split: part of the run's own corpus.
+        source, reference: files to evaluate on instead, one sentence a line.
+        output: file for the translations, one a line.
+        json: print one JSON object.
+    """
+
+    split: Literal["test", "valid"] = "test"
+    source: Path | None = None
+    reference: Path | None = None
+    output: Path | None = None
+    json: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Translate(Search):
+    """Translates sentences: arguments, a file, or standard input, a line each.
+
+    Attributes:
+        text: sentences; none: lines of --input or of standard input.
+        input: file to translate.
+        output: file for the translations; default standard output.
+        n_best: translations of each sentence, with their scores.
+        align: pairs of words that look at each other, "0-0 1-2", after a tab; with --json, the
+            weights too.
+        json: a JSON line for each sentence: source and translations with scores.
+        prefixes: file with what the translation of each line begins with; blank: anything.
+        phrases: file with what the translation of each line has to hold, parted by tabs.
+        banned: texts that no translation may hold.
+    """
+
+    text: tyro.conf.Positional[tuple[str, ...]] = ()
+    input: Path | None = None
+    output: Path | None = None
+    n_best: int = 1
+    align: bool = False
+    json: bool = False
+    prefixes: Path | None = None
+    phrases: Path | None = None
+    banned: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score(Use):
+    """What a model gives to translations, as it scores its own: a line for each pair.
+
+    Attributes:
+        source, target: files, one sentence a line.
+        json: a JSON line for each pair: score, log_prob, tokens.
+    """
+
+    source: Path
+    target: Path
+    json: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plot:
+    """Draws curves.png and attention.png of a run.
+
+    Attributes:
+        run: directory of the run.
+        text: sentence whose attention is drawn; default one of the held-out text.
+        layer: attention layer, such as decoder.0.cross or encoder.1.attention.
+        output: directory for the pictures; default the run's.
+    """
+
+    run: tyro.conf.Positional[Path]
+    text: str | None = None
+    layer: str | None = None
+    output: Path | None = None
+
+
+def load_model(options: Use) -> Any:
+    """The translator that the options ask for."""
+    from qkv_jax.translation import DecodingConfig, LanguageConfig, load_translator
+
+    names = {field.name for field in dataclasses.fields(DecodingConfig)}
+    given = {name: x for name, x in vars(options).items() if name in names}
+    given = {name: x for name, x in given.items() if x is not None}
+    try:  # Of what is given, whatever the model is configured with.
+        DecodingConfig(**given)
+    except ValueError as error:
+        raise UsageError(_as_options(str(error), given)) from None
+    return load_translator(
+        options.model,
+        *options.ensemble,
+        checkpoint=_checkpoint(options.checkpoint),
+        languages=LanguageConfig(
+            source=options.source_language,
+            target=options.target_language,
+            prefix=options.source_prefix or "",
+        ),
+        **given,
+    )
+
+
+def _checkpoint(text: str | None) -> Any:
+    if text is None or text in ("best", "latest", "average"):
+        return text
+    if not text.isdecimal():
+        raise UsageError(
+            f"--checkpoint must be a step, 'best', 'latest' or 'average'; got {text!r}"
+        )
+    return int(text)
+
+
+def _as_options(message: str, given: dict[str, Any]) -> str:
+    """A message about a field as one about its option."""
+    first, _, rest = message.partition(" ")
+    return f"--{first.replace('_', '-')} {rest}" if first in given else message

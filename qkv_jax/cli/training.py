@@ -1,0 +1,89 @@
+"""Commands that train, or say what training costs."""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from qkv_jax.cli.parsing import PROGRAM, UsageError, load_experiment, parse
+
+
+def train(arguments: list[str]) -> None:
+    if "--debug-nans" in arguments:
+        import jax
+
+        jax.config.update("jax_debug_nans", True)
+        arguments = [text for text in arguments if text != "--debug-nans"]
+    config = _experiment("train", arguments)
+    if config is None:
+        return
+    from qkv_jax.translation import train_run
+    from qkv_jax.translation.demo import in_directory
+
+    if config.run.directory is None:
+        config = in_directory(config, Path("runs") / Path(arguments[0]).stem)
+    result = train_run(config)
+    print(json.dumps(result, indent=2, ensure_ascii=False))
+
+
+def plan(arguments: list[str]) -> None:
+    as_json = "--json" in arguments
+    config = _experiment("plan", [text for text in arguments if text != "--json"])
+    if config is None:
+        return
+    mesh = config.mesh
+    if -1 in (mesh.data, mesh.fsdp, mesh.context, mesh.tensor):
+        mesh = dataclasses.replace(
+            mesh, **{name: 1 for name, size in vars(mesh).items() if size == -1}
+        )
+        config = dataclasses.replace(config, mesh=mesh)
+    devices = mesh.data * mesh.fsdp * mesh.context * mesh.tensor
+    # Before JAX looks for devices, which it does once.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    flags = os.environ.get("XLA_FLAGS", "")
+    count = f"--xla_force_host_platform_device_count={devices}"
+    os.environ["XLA_FLAGS"] = f"{flags} {count}".strip()
+    from qkv_jax.training.plan import this_machine
+    from qkv_jax.translation.plan import plan_run, show_plan
+
+    plan = plan_run(config)
+    if as_json:
+        print(json.dumps(plan.to_json(), indent=2))
+        return
+    more = [this_machine()] if devices == 1 else []
+    for table in show_plan(plan, *more):
+        Console().print(table)
+
+
+def _experiment(command: str, arguments: list[str]) -> Any | None:
+    """The CONFIG of the file that comes first, with the options after it; None: help was asked."""
+    if arguments and not arguments[0].startswith("-"):
+        config = load_experiment(Path(arguments[0]))
+        return parse(
+            f"{command} {arguments[0]}", type(config), arguments[1:], default=config
+        )
+    if arguments in (["-h"], ["--help"]):
+        print(
+            f"usage: {PROGRAM} {command} FILE [OPTIONS]\n\n"
+            f"`{PROGRAM} {command} FILE --help` lists the options of an experiment file, such as\n"
+            "experiments/translation/multi30k.py."
+        )
+        return None
+    raise UsageError(
+        f"{command} needs an experiment file, such as experiments/translation/multi30k.py"
+    )
+
+
+def demo(arguments: list[str]) -> None:
+    from qkv_jax.translation.demo import CONFIG, in_directory, run_demo
+
+    config = parse(
+        "demo", type(CONFIG), arguments, default=in_directory(CONFIG, Path("runs/demo"))
+    )
+    called = sys.argv[0]
+    program = called if Path(called).name == PROGRAM else "python -m qkv_jax"
+    run_demo(config, console=Console(), program=program)
