@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from qkv_jax import cli
-from qkv_jax.cli import main
+from qkv_jax.cli import main, parsing
 from qkv_jax.translation import demo
 from tests.translation import toy
 
@@ -435,7 +434,7 @@ def test_an_interruption_is_no_traceback(monkeypatch, capfd):
     def interrupted(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_demo", interrupted)
+    monkeypatch.setattr("qkv_jax.cli.training.demo", interrupted)
     assert main(["demo"]) == 130
     assert capfd.readouterr().err == "\nqkv-jax: interrupted\n"
 
@@ -454,8 +453,8 @@ def test_an_interruption_is_no_traceback(monkeypatch, capfd):
     ],
 )
 def test_options_set_the_fields_they_are_named_after(options, field, expected):
-    config = cli._load_experiment(MULTI30K)
-    value = cli._parse("train", type(config), options.split(), default=config)
+    config = parsing.load_experiment(MULTI30K)
+    value = parsing.parse("train", type(config), options.split(), default=config)
     for name in field.split("."):
         value = getattr(value, name)
     assert value == expected
@@ -463,8 +462,8 @@ def test_options_set_the_fields_they_are_named_after(options, field, expected):
 
 def test_the_known_options_are_those_that_help_lists(ask, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    config = cli._load_experiment(MULTI30K)
-    known = set(cli._options(type(config), config))
+    config = parsing.load_experiment(MULTI30K)
+    known = set(parsing._options(type(config), config))
     listed = re.findall(r"--[a-z][\w.-]+", "\n".join(ask("train", MULTI30K, "--help")))
     assert known | {"--help"} == set(listed)
 

@@ -4,7 +4,11 @@ import re
 from collections.abc import Callable
 
 # Where a text may be parted, best first: after a sentence, after a clause, at a space.
-BREAKS = (r"(?<=[.!?…。！？])[\"'”’)\]]*\s+", r"(?<=[;:,–—、，])\s+", r"\s+")
+BREAKS = (
+    r"[.!?…。！？][\"'”’)\]]*(\s+)",
+    r"[;:,–—、，](\s+)",
+    r"(\s+)",
+)
 
 
 def split_text(text: str, length: Callable[[str], int], longest: int) -> list[str]:
@@ -30,7 +34,7 @@ def _middle_break(text: str) -> tuple[int, int]:
     """Where the first half ends and the second begins: a break in the middle half of the text."""
     middle = len(text) / 2
     for pattern in BREAKS:
-        breaks = [match.span() for match in re.finditer(pattern, text)]
+        breaks = [match.span(1) for match in re.finditer(pattern, text)]
         near = [span for span in breaks if abs(span[0] - middle) <= len(text) / 4]
         if near:
             return min(near, key=lambda span: abs(span[0] - middle))

@@ -123,7 +123,8 @@ def test_report_counts_one_shape_with_less_padding():
 def test_overlong_pairs_are_cut_to_a_row_of_their_own_or_dropped():
     lengths = [3, 40, 5]
     pairs = EncodedPairs(
-        *(Sentences.from_lists([[10 + i] * n + [EOS] for i, n in enumerate(lengths)]),) * 2
+        *(Sentences.from_lists([[10 + i] * n + [EOS] for i, n in enumerate(lengths)]),)
+        * 2
     )
     cut = stream(pairs, overlong="truncate")
     assert cut.report().truncated == 1
