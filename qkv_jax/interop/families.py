@@ -176,7 +176,22 @@ def _marian(keys: Keys) -> dict[str, Any]:
     )
     keys.since("share_encoder_decoder_embeddings", True)
     keys.since("decoder_vocab_size", keys("vocab_size"))
-    return fields | {"norm": "post", "output_bias": True, "zero_pad": True}
+    # What starts from padding starts from zeros, as in Marian itself.
+    zero = keys.since("decoder_start_token_id", fields["pad"]) == fields["pad"]
+    return fields | {"norm": "post", "output_bias": True, "zero_pad": zero}
+
+
+def _pegasus(keys: Keys) -> dict[str, Any]:
+    fields = _bart_like(keys)
+    keys("vocab_size")
+    keys.fixed(
+        normalize_before=True,
+        normalize_embedding=False,
+        add_final_layer_norm=True,
+        static_position_embeddings=True,
+    )
+    keys.since("extra_pos_embeddings", 0)  # Of learned positions.
+    return fields | {"norm": "pre", "output_bias": True}
 
 
 def _m2m(keys: Keys) -> dict[str, Any]:
@@ -271,6 +286,7 @@ def _t5_like(keys: Keys, *, scaled: bool) -> dict[str, Any]:
 
 FAMILIES = {
     "marian": Family(_marian, sinusoids=True),
+    "pegasus": Family(_pegasus, sinusoids=True),
     "m2m_100": Family(_m2m, sinusoids=True),
     "bart": Family(_bart),
     "mbart": Family(_mbart),

@@ -58,7 +58,7 @@ class Pretrained:
 
     def model(self) -> Model:
         """The module with these weights."""
-        graph = nnx.split(_shapes(self.config), nnx.Param)[0]
+        graph = nnx.split(abstract_model(self.config), nnx.Param)[0]
         return nnx.merge(graph, self.params)
 
 
@@ -79,6 +79,28 @@ def load(directory: str | os.PathLike, *, ignore: Collection[str] = ()) -> Pretr
     generation = {}
     if (directory / GENERATION_FILE).is_file():
         generation = _read_json(directory / GENERATION_FILE)
+    fields, special = read_fields(settings, generation, directory, ignore=ignore)
+    tensors = read_tensors(directory)
+    return assemble(fields, special, settings, generation, tensors, directory)
+
+
+def read_fields(
+    settings: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    directory: Path,
+    *,
+    ignore: Collection[str] = (),
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of our Config but vocabulary and tie, and the ids of decoding.
+
+    Args:
+        settings, generation: of the two JSON files.
+        directory: they are said to be of, in errors.
+        ignore: see `load`.
+
+    Raises:
+        InteropError: see `load`.
+    """
     name = settings.get("model_type")
     if name not in FAMILIES:
         raise InteropError(
@@ -91,18 +113,7 @@ def load(directory: str | os.PathLike, *, ignore: Collection[str] = ()) -> Pretr
     problems = keys.finish(ignore)
     if problems:
         raise _mismatch(directory, problems)
-    tensors = read_tensors(directory)
-    tables, tie = _tables(family, tensors, directory, tied=settings)
-    try:
-        config = Config(
-            **fields,
-            tie=tie,
-            vocabulary=len(tables["target_embedding"][1]),
-            source_vocabulary=_source_vocabulary(tables, tie),
-        )
-    except (ValueError, TypeError) as error:
-        raise InteropError(f"{directory / CONFIG_FILE}: {error}") from error
-    return _assemble(directory, name, config, special, settings, generation, tensors)
+    return fields, special
 
 
 def save(pretrained: Pretrained, directory: str | os.PathLike) -> None:
@@ -117,15 +128,15 @@ def save(pretrained: Pretrained, directory: str | os.PathLike) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     if any(directory.iterdir()):
         raise InteropError(f"{directory} is not empty: choose another directory.")
-    named = _flatten(pretrained.params)
+    named = flatten(pretrained.params)
     tensors = dict(pretrained.kept)
     for ours, theirs, kind in pretrained.places:
         x = KINDS[kind].save(np.asarray(named[ours]))
         tensors[theirs] = x.astype(pretrained.dtypes[theirs])
     write_tensors(directory, tensors)
-    _write_json(directory / CONFIG_FILE, pretrained.settings)
+    write_json(directory / CONFIG_FILE, pretrained.settings)
     if pretrained.generation:
-        _write_json(directory / GENERATION_FILE, pretrained.generation)
+        write_json(directory / GENERATION_FILE, pretrained.generation)
 
 
 def _special(keys: Keys, generation: Mapping[str, Any], *, t5: bool) -> dict[str, Any]:
@@ -193,22 +204,42 @@ def _source_vocabulary(tables: Mapping[str, tuple[str, np.ndarray]], tie: str):
     return None if count == len(tables["target_embedding"][1]) else count
 
 
-def _assemble(
-    directory: Path,
-    name: str,
-    config: Config,
+def assemble(
+    fields: Mapping[str, Any],
     special: Mapping[str, Any],
     settings: dict[str, Any],
     generation: dict[str, Any],
     tensors: Mapping[str, np.ndarray],
+    directory: Path,
 ) -> Pretrained:
+    """The model of the tensors of a checkpoint.
+
+    Args:
+        fields, special: of `read_fields`.
+        settings, generation: of the two JSON files.
+        tensors: by their names there.
+        directory: they are said to be of, in errors.
+
+    Raises:
+        InteropError: see `load`.
+    """
+    name = settings["model_type"]
     family = FAMILIES[name]
-    tables, _ = _tables(family, tensors, directory, tied=settings)
+    tables, tie = _tables(family, tensors, directory, tied=settings)
+    try:
+        config = Config(
+            **fields,
+            tie=tie,
+            vocabulary=len(tables["target_embedding"][1]),
+            source_vocabulary=_source_vocabulary(tables, tie),
+        )
+    except (ValueError, TypeError) as error:
+        raise InteropError(f"{directory / CONFIG_FILE}: {error}") from error
     where = [
         Place(f"{ours}.table", there, "same") for ours, (there, _) in tables.items()
     ]
     where += places(family, config)
-    shapes = _flatten(nnx.state(_shapes(config), nnx.Param))
+    shapes = flatten(nnx.state(abstract_model(config), nnx.Param))
     problems, arrays = [], {}
     for ours, theirs, kind in where:
         if theirs not in tensors:
@@ -230,7 +261,7 @@ def _assemble(
         problems += _nonzero_pad(config, arrays)
     if problems:
         raise _mismatch(directory, problems)
-    state = nnx.state(_shapes(config), nnx.Param)
+    state = nnx.state(abstract_model(config), nnx.Param)
     structure = jax.tree.structure(state)
     return Pretrained(
         family=name,
@@ -302,11 +333,13 @@ def _theirs(like: Any, kind: str) -> tuple[int, ...]:
     return KINDS[kind].save(np.broadcast_to(np.float32(0), like.shape)).shape
 
 
-def _shapes(config: Config) -> Model:
+def abstract_model(config: Config) -> Model:
+    """The module with shapes in place of parameters."""
     return nnx.eval_shape(lambda: Model(config, rngs=nnx.Rngs(0)))
 
 
-def _flatten(tree: Any) -> dict[str, Any]:
+def flatten(tree: Any) -> dict[str, Any]:
+    """The leaves of a parameter state by dotted name: "encoder.0.attention.query.kernel", ..."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     names = [
         jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves
@@ -332,6 +365,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
     path.write_text(text, encoding="utf-8")
