@@ -1,220 +1,154 @@
 """Tensors of a `torch.save` file, without torch and without unpickling.
 
-The file is a zip with the bytes of each storage and a pickle that names them. The pickle is read
-as data, by an interpreter of the opcodes that a dict of tensors takes: it can build tuples, dicts
-and views of the storages, and nothing else. Any other opcode, or any other global, is refused,
-so no code in the file can run.
+Since torch 1.6 (2020) the file is a zip with the bytes of each storage and a pickle that names
+them; before, it is a row of pickles with the bytes behind them. The pickles are read as data, by
+`torch_pickle`.
 """
 
-import math
-import pickletools
+import os
+import struct
 import zipfile
-from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO
 
-import ml_dtypes
 import numpy as np
 
 from qkv_jax.interop.errors import InteropError
+from qkv_jax.interop.torch_pickle import Reader, Refused, Storage
 
-STORAGES: dict[str, np.dtype] = {
-    f"torch {name}Storage": np.dtype(kind)
-    for name, kind in {
-        "Float": np.float32,
-        "Double": np.float64,
-        "Half": np.float16,
-        "BFloat16": ml_dtypes.bfloat16,
-        "Long": np.int64,
-        "Int": np.int32,
-        "Short": np.int16,
-        "Char": np.int8,
-        "Byte": np.uint8,
-        "Bool": np.bool_,
-    }.items()
-}
-TENSOR = "torch._utils _rebuild_tensor_v2"
-PARAMETER = "torch._utils _rebuild_parameter"
-ORDERED = "collections OrderedDict"
-ADMITTED = {TENSOR, PARAMETER, ORDERED, *STORAGES}
-IGNORED = ("PROTO", "FRAME", "STOP")
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-ARGUMENTS = [
-    "BININT",
-    "BININT1",
-    "BININT2",
-    "LONG1",
-    "BINUNICODE",
-    "SHORT_BINUNICODE",
-    "INT",
-    "LONG",
-    "UNICODE",
-]
-TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_MARK = object()
+# What files before torch 1.6 begin with: its number, pickled.
+MAGIC = 0x1950A86A20F9469CFC6C
+PROTOCOL = 1001
 
 
-class _Global(NamedTuple):
-    name: str
-
-
-class _Refused(Exception):
-    """The pickle holds something else than tensors."""
-
-
-def read_torch_file(path: str | PathLike[str]) -> dict[str, np.ndarray]:
-    """The tensors of a state dict that `torch.save` wrote, by name.
+def read_torch_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The tensors of a state dict that `torch.save` wrote, by name; read-only.
 
     Raises:
         InteropError: it is no such file, or it holds anything but tensors.
     """
     path = Path(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            return _read(archive)
-    except _Refused as refused:
+        with path.open("rb") as file:
+            if zipfile.is_zipfile(file):
+                with zipfile.ZipFile(file) as archive:
+                    found = _read_zip(archive, path.stat().st_size)
+            else:
+                file.seek(0)
+                found = _read_old(file, path.stat().st_size)
+        return _state_dict(found)
+    except Refused as refused:
         raise InteropError(
             f"{path} holds more than tensors ({refused}), and is not read: a pickle can run code. "
             "Get the checkpoint as model.safetensors."
         ) from None
-    except (zipfile.BadZipFile, KeyError, StopIteration) as error:
+    except (
+        zipfile.BadZipFile,
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RuntimeError,  # Of zipfile: encrypted, or compressed in an unknown way.
+    ) as error:
+        reason = str(error) or type(error).__name__
         raise InteropError(
-            f"{path} is damaged, or of torch before 1.6 ({error}): get the checkpoint as "
-            "model.safetensors."
+            f"{path} is damaged, or no file of torch.save ({reason}): get it again."
         ) from None
-    except (ValueError, IndexError, TypeError, AttributeError) as error:
-        raise InteropError(f"{path} is damaged ({error}): get it again.") from None
 
 
-def _read(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
-    main = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-    folder = main.removesuffix("data.pkl")
-    if f"{folder}byteorder" in archive.namelist():
-        order = archive.read(f"{folder}byteorder")
-        if order != b"little":
-            raise _Refused(f"byte order {order!r}")
-    found = _Reader(archive, folder).run(archive.read(main))
+def _state_dict(found: Any) -> dict[str, np.ndarray]:
     if not isinstance(found, dict):
-        raise _Refused(f"a {type(found).__name__} at the top")
+        raise Refused(f"a {type(found).__name__} at the top")
     # Some checkpoints keep the state dict one level down.
-    found = found.get("state_dict", found)
-    wrong = [name for name, x in found.items() if not isinstance(x, np.ndarray)]
-    if wrong:
-        raise _Refused(f"{wrong[0]!r} is no tensor")
+    inner = found.get("state_dict")
+    found = inner if isinstance(inner, dict) else found
+    for name, x in found.items():
+        if not isinstance(name, str) or not isinstance(x, np.ndarray):
+            raise Refused(f"{name!r} is no tensor")
     return found
 
 
-class _Reader:
-    """A stack, a memo, and the storages of one file."""
+class _Budget:
+    """Bytes that storages may still have: no more than the file, whatever it says of itself."""
 
-    def __init__(self, archive: zipfile.ZipFile, folder: str):
-        self.archive, self.folder = archive, folder
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
-        self.storages: dict[str, np.ndarray] = {}
+    def __init__(self, size: int):
+        self.left = size
 
-    def run(self, pickle: bytes) -> Any:
-        for opcode, argument, _ in pickletools.genops(pickle):
-            self.step(opcode.name, argument)
-        (result,) = self.stack
-        return result
-
-    def step(self, name: str, argument: Any) -> None:
-        stack = self.stack
-        if name in IGNORED:
-            return
-        if name in ARGUMENTS:
-            stack.append(argument)
-        elif name in CONSTANTS:
-            stack.append(CONSTANTS[name])
-        elif name in TUPLES:
-            count = TUPLES[name]
-            stack[-count:] = [tuple(stack[-count:])]
-        elif name in ("EMPTY_TUPLE", "EMPTY_DICT", "EMPTY_LIST"):
-            stack.append({"EMPTY_TUPLE": (), "EMPTY_DICT": {}, "EMPTY_LIST": []}[name])
-        elif name == "MARK":
-            stack.append(_MARK)
-        elif name == "TUPLE":
-            stack.append(tuple(self.since_mark()))
-        elif name in ("SETITEM", "SETITEMS", "BUILD"):
-            self.fill(name)
-        elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
-            self.memo[int(argument)] = stack[-1]
-        elif name == "MEMOIZE":
-            self.memo[len(self.memo)] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET", "GET"):
-            stack.append(self.memo[int(argument)])
-        elif name in ("GLOBAL", "STACK_GLOBAL"):
-            self.name_global(name, argument)
-        elif name == "BINPERSID":
-            stack.append(self.storage(stack.pop()))
-        elif name == "REDUCE":
-            arguments, function = stack.pop(), stack.pop()
-            stack.append(self.call(function, arguments))
-        else:
-            raise _Refused(f"opcode {name}")
-
-    def since_mark(self) -> list[Any]:
-        at = max(i for i, item in enumerate(self.stack) if item is _MARK)
-        items = self.stack[at + 1 :]
-        del self.stack[at:]
-        return items
-
-    def fill(self, name: str) -> None:
-        if name == "BUILD":  # The attributes of a state dict: its _metadata.
-            self.stack.pop()
-            return
-        if name == "SETITEM":
-            value, key = self.stack.pop(), self.stack.pop()
-            items = [key, value]
-        else:
-            items = self.since_mark()
-        target = self.stack[-1]
-        if not isinstance(target, dict):
-            raise _Refused(f"items of a {type(target).__name__}")
-        target.update(zip(items[::2], items[1::2], strict=True))
-
-    def name_global(self, name: str, argument: Any) -> None:
-        if name == "STACK_GLOBAL":
-            attribute, module = self.stack.pop(), self.stack.pop()
-            argument = f"{module} {attribute}"
-        if argument not in ADMITTED:
-            raise _Refused(str(argument).replace(" ", "."))
-        self.stack.append(_Global(argument))
-
-    def storage(self, identity: Any) -> np.ndarray:
-        kind, dtype, place, *_ = identity
-        if kind != "storage" or not isinstance(dtype, _Global):
-            raise _Refused(f"a persistent {kind!r}")
-        if dtype.name not in STORAGES:
-            raise _Refused(dtype.name.replace(" ", "."))
-        if place not in self.storages:
-            content = self.archive.read(f"{self.folder}data/{place}")
-            self.storages[place] = np.frombuffer(content, STORAGES[dtype.name])
-        return self.storages[place]
-
-    def call(self, function: Any, arguments: Any) -> Any:
-        name = function.name if isinstance(function, _Global) else str(function)
-        if name == ORDERED and arguments == ():
-            return {}
-        if name == PARAMETER and isinstance(arguments[0], np.ndarray):
-            return arguments[0]
-        if name == TENSOR:
-            return _view(*arguments[:4])
-        raise _Refused(f"a call of {name.replace(' ', '.')}")
+    def take(self, storage: Storage) -> int:
+        size = storage.count * storage.dtype.itemsize
+        self.left -= size
+        if self.left < 0:
+            raise ValueError("its tensors are larger than the file")
+        return size
 
 
-def _view(storage: Any, offset: int, shape: tuple, strides: tuple) -> np.ndarray:
-    if not isinstance(storage, np.ndarray) or len(shape) != len(strides):
-        raise _Refused("a tensor without a storage")
-    if min((offset, *shape, *strides), default=0) < 0:
-        raise ValueError("a tensor has a negative size")
-    last = offset + sum((n - 1) * step for n, step in zip(shape, strides))
-    if math.prod(shape) and last >= len(storage):
-        raise ValueError("a tensor reaches past its storage")
-    size = storage.itemsize
-    start = storage[offset:] if math.prod(shape) else storage[:0]
-    view = np.lib.stride_tricks.as_strided(
-        start, shape, [size * step for step in strides], writeable=False
-    )
-    return np.ascontiguousarray(view).reshape(shape)
+def _read_zip(archive: zipfile.ZipFile, size: int) -> Any:
+    mains = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+    if len(mains) != 1:
+        raise ValueError(f"{len(mains)} members are named data.pkl")
+    folder, budget = mains[0].removesuffix("data.pkl"), _Budget(size)
+    if f"{folder}byteorder" in archive.namelist():
+        order = _member(archive, f"{folder}byteorder", 6)
+        if order != b"little":
+            raise ValueError(f"its byte order is {order!r}")
+
+    def load(storage: Storage) -> np.ndarray:
+        count = budget.take(storage)
+        content = _member(archive, f"{folder}data/{storage.place}", count)
+        if len(content) != count:
+            raise ValueError(
+                f"storage {storage.place} has {len(content)} bytes, not {count}"
+            )
+        return np.frombuffer(content, storage.dtype) if count else _empty(storage)
+
+    return Reader(load).run(_member(archive, mains[0], size))
+
+
+def _member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
+    """A member, which torch never compresses; no more than `limit` bytes."""
+    info = archive.getinfo(name)
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size > limit:
+        raise ValueError(f"{name} is compressed, or larger than it can be")
+    return archive.read(info)
+
+
+def _read_old(file: BinaryIO, size: int) -> Any:
+    budget, storages = _Budget(size), {}
+
+    def load(storage: Storage) -> np.ndarray:
+        budget.take(storage)
+        storages[storage.place] = _empty(storage)
+        return storages[storage.place]
+
+    def refuse(storage: Storage) -> np.ndarray:
+        raise ValueError("a storage where none can be")
+
+    if Reader(refuse).run(file) != MAGIC or Reader(refuse).run(file) != PROTOCOL:
+        raise ValueError("it begins otherwise")
+    system = Reader(refuse).run(file)
+    if system.get("little_endian") is not True:
+        raise ValueError("its byte order is another")
+    found = Reader(load).run(file)
+    places = Reader(refuse).run(file)
+    if sorted(places) != sorted(storages):
+        raise ValueError("its storages are not those of its tensors")
+    for place in places:
+        _fill(file, place, storages[place])
+    return found
+
+
+def _fill(file: BinaryIO, place: str, storage: np.ndarray) -> None:
+    """Reads the numbers of a storage into it: the views of it are made already."""
+    head = file.read(8)
+    if len(head) < 8 or struct.unpack("<q", head)[0] != len(storage):
+        raise ValueError(f"storage {place} is not of {len(storage)} numbers")
+    content = storage.view(np.uint8)
+    if file.readinto(content.data) != content.nbytes:  # type: ignore[attr-defined]
+        raise ValueError(f"storage {place} is cut short")
+
+
+def _empty(storage: Storage) -> np.ndarray:
+    return np.empty(storage.count, storage.dtype)
