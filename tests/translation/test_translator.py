@@ -3,8 +3,9 @@ import random
 import numpy as np
 import pytest
 
+import qkv_jax
 from qkv_jax.training import MeshConfig, make_mesh
-from qkv_jax.translation import load_run
+from qkv_jax.translation import Wishes, load_run, load_translator
 from qkv_jax.translation import translator as module
 from tests.translation import toy
 
@@ -107,3 +108,103 @@ def test_attention_is_the_last_cross_attention_by_default(translator):
 def test_an_unknown_layer_is_refused(translator):
     with pytest.raises(ValueError, match="no attention layer 'decoder.9.cross'"):
         translator.attention("one", layer="decoder.9.cross")
+
+
+def test_long_sentences_are_cut_split_or_refused_and_counted(finished, translator):
+    long = " ".join(toy.WORDS * 4)
+    split, refuse = (load_run(finished, overlong=how) for how in ("split", "refuse"))
+    assert split.too_long([long, "one"]) == refuse.too_long([long, "one"]) == 1
+    assert refuse([long, "one"]) == [
+        [module.Translation("", 0.0)],
+        translator(["one"])[0],
+    ]
+    found = split([long], align=True)[0][0]
+    parts = split._parts(long)
+    assert len(parts) > 1 and " ".join(parts) == long
+    assert found.text == " ".join(split([part])[0][0].text for part in parts)
+    assert found.alignment.weights.shape == (len(found.text.split()), len(long.split()))
+
+
+def test_scores_of_its_own_translations_are_those_it_gave(translator, sentences):
+    found = [best[0] for best in translator(sentences)]
+    pairs = [(s, best.text) for s, best in zip(sentences, found)]
+    # Of those whose text gives the tokens again that were searched.
+    again = translator.score(pairs)
+    same = [a for a, best in zip(again, found) if best.text]
+    wanted = [best.score for best in found if best.text]
+    close = np.isclose([one.score for one in same], wanted, atol=1e-5)
+    assert close.mean() > 0.8
+    assert all(one.score == pytest.approx(one.log_prob / one.tokens) for one in again)
+
+
+def test_scores_do_not_depend_on_company(translator, sentences):
+    pairs = [(sentence, sentence) for sentence in sentences]
+    together, alone = translator.score(pairs), [translator.score([p])[0] for p in pairs]
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+    assert [one.tokens for one in together] == [
+        len(ids) for ids in translator.tokenizer.encode_target(sentences)
+    ]
+
+
+def test_an_alignment_has_a_row_for_each_word(translator, sentences):
+    for source, (best, *_) in zip(sentences, translator(sentences, align=True)):
+        words = len(best.text.split())
+        assert best.alignment.weights.shape == (words, len(source.split()))
+        assert [
+            target for _, target in sorted(best.alignment.pairs, key=lambda p: p[1])
+        ] == [*range(words)]
+
+
+def test_samples_are_of_the_seed_and_the_sentence(finished, sentences):
+    drawn = load_run(finished, samples=4, top_k=20)
+    first = texts(drawn(sentences, n_best=4))
+    assert texts(drawn(sentences[::-1], n_best=4))[::-1] == first
+    assert texts([drawn([s], n_best=4)[0] for s in sentences]) == first
+    assert (
+        texts(load_run(finished, samples=4, top_k=20, seed=1)(sentences, n_best=4))
+        != first
+    )
+    assert any(len(set(four)) > 1 for four in first)
+
+
+def test_minimum_risk_orders_the_samples(finished, sentences):
+    risk = load_run(finished, samples=4, minimum_risk=True)
+    drawn = texts(load_run(finished, samples=4)(sentences, n_best=4))
+    for found, four in zip(risk(sentences, n_best=4), drawn):
+        assert sorted(x.text for x in found) == sorted(four)
+        scores = [x.score for x in found]
+        assert scores == sorted(scores, reverse=True)
+
+
+def test_wishes_are_fulfilled(translator, sentences):
+    few = sentences[:3]
+    wishes = Wishes(prefixes=["seven", "", "eight"], phrases=[[], ["nine"], []])
+    found = [best[0].text for best in translator(few, wishes=wishes)]
+    assert found[0].startswith("seven") and found[2].startswith("eight")
+    assert "nine" in found[1]
+    plain = translator(few)[0][0].text
+    banned = translator(few, wishes=Wishes(banned=[plain.split()[0]]))[0][0].text
+    assert plain.split()[0] not in banned.split()
+
+
+def test_wishes_for_other_sentences_are_refused(translator):
+    with pytest.raises(ValueError, match="prefixes must be one a sentence, 2; got 1"):
+        translator(["one", "two"], wishes=Wishes(prefixes=["one"]))
+
+
+def test_a_model_agrees_with_itself(finished, translator, sentences):
+    twice = load_translator(finished, finished)
+    assert texts(twice(sentences, n_best=2)) == texts(translator(sentences, n_best=2))
+    pairs = list(zip(sentences, sentences))
+    np.testing.assert_allclose(twice.score(pairs), translator.score(pairs), rtol=1e-5)
+
+
+def test_one_call_translates(finished, translator, sentences):
+    found = qkv_jax.translate(finished, sentences, n_best=2, align=True)
+    assert texts(found) == texts(translator(sentences, n_best=2))
+    assert all(best[0].alignment.pharaoh is not None for best in found)
+    assert texts(qkv_jax.translate(translator, sentences)) == [
+        best[:1] for best in texts(found)
+    ]
+    with pytest.raises(ValueError, match="a Translator keeps its decoding"):
+        qkv_jax.translate(translator, sentences, beams=2)
