@@ -66,8 +66,6 @@ def translate(
             )
     else:
         names = model if isinstance(model, list) else [model]
-        if "beams" not in decoding and not decoding.get("samples") and n_best > 1:
-            decoding["beams"] = max(n_best, 4)
-        model = load_translator(*names, languages=languages, **decoding)
+        model = load_translator(*names, languages=languages, n_best=n_best, **decoding)
     wishes = Wishes(prefixes=prefixes, phrases=phrases, banned=banned)
     return model(list(sentences), n_best=n_best, align=align, wishes=wishes)

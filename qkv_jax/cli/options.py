@@ -147,8 +147,8 @@ class Plot:
     output: Path | None = None
 
 
-def load_model(options: Use) -> Any:
-    """The translator that the options ask for."""
+def load_model(options: Use, *, n_best: int = 1) -> Any:
+    """The translator that the options ask for, of at least n_best translations."""
     from qkv_jax.translation import DecodingConfig, LanguageConfig, load_translator
 
     names = {field.name for field in dataclasses.fields(DecodingConfig)}
@@ -167,6 +167,7 @@ def load_model(options: Use) -> Any:
             target=options.target_language,
             prefix=options.source_prefix or "",
         ),
+        n_best=n_best,
         **given,
     )
 

@@ -1,6 +1,5 @@
 """Commands that use a model: translate, evaluate, score, plot."""
 
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -60,7 +59,7 @@ def translate(arguments: list[str]) -> None:
     options = parse("translate", Translate, arguments)
     from qkv_jax.translation import Wishes
 
-    options = _with_enough_beams(options)
+    _check_counts(options)
     sentences = list(options.text) or read_lines(options.input)
     for number, sentence in enumerate(sentences, 1):
         if not is_unicode(sentence):
@@ -73,7 +72,7 @@ def translate(arguments: list[str]) -> None:
         and [[part for part in line.split("\t") if part.strip()] for line in phrases],
         banned=options.banned,
     )
-    translator = load_model(options)
+    translator = load_model(options, n_best=options.n_best)
     found = translator(
         sentences, n_best=options.n_best, align=options.align, wishes=wishes
     )
@@ -120,26 +119,16 @@ def plot(arguments: list[str]) -> None:
     print(f"{output / 'curves.png'}\n{output / 'attention.png'}")
 
 
-def _with_enough_beams(options: Translate) -> Translate:
-    """As many beams as translations are asked for."""
-    from qkv_jax.translation import is_run, read_run
-
+def _check_counts(options: Translate) -> None:
+    """No more translations than are looked for, and sentences from one place."""
     if options.n_best < 1:
         raise UsageError(f"--n-best must be at least 1; got {options.n_best}")
     if options.text and options.input is not None:
         raise UsageError("give sentences as arguments or by --input, not both")
-    if options.samples:
-        if options.n_best > options.samples:
-            raise UsageError(
-                f"--n-best {options.n_best} needs --samples of at least that"
-            )
-        return options
-    if options.beams is not None and options.n_best > options.beams:
-        raise UsageError(f"--n-best {options.n_best} needs --beams of at least that")
-    if options.beams is None and options.n_best > 1:
-        usual = read_run(options.model).decoding.beams if is_run(options.model) else 4
-        return dataclasses.replace(options, beams=max(usual, options.n_best))
-    return options
+    name = "samples" if options.samples else "beams"
+    count = options.samples or options.beams
+    if count is not None and options.n_best > count:
+        raise UsageError(f"--n-best {options.n_best} needs --{name} of at least that")
 
 
 def _lines_for(

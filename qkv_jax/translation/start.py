@@ -67,6 +67,7 @@ def load_translator(
     *more: str | Path,
     checkpoint: Checkpoint | None = None,
     languages: LanguageConfig = NO_LANGUAGES,
+    n_best: int = 1,
     mesh: jax.sharding.Mesh | None = None,
     **decoding: Any,
 ) -> Translator:
@@ -78,6 +79,8 @@ def load_translator(
         *more: models that decide with it, by the mean of their log-probabilities.
         checkpoint: of runs; see `load_run`.
         languages: of published models for several.
+        n_best: translations of each sentence that will be asked for: where `decoding` does not
+            say otherwise, at least so many beams are kept.
         mesh: see `Translator`.
         **decoding: fields of `DecodingConfig` to change; None: as configured.
 
@@ -89,11 +92,15 @@ def load_translator(
     start = load_start(model, **options)
     changes = {name: value for name, value in decoding.items() if value is not None}
     try:
+        configured = dataclasses.replace(start.decoding, **changes)
+        if "beams" not in changes:
+            beams = max(n_best, configured.beams)
+            configured = dataclasses.replace(configured, beams=beams)
         return Translator(
             start.model,
             start.params,
             start.tokenizer,
-            decoding=dataclasses.replace(start.decoding, **changes),
+            decoding=configured,
             mesh=mesh,
             others=others,
         )

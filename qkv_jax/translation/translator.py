@@ -184,8 +184,11 @@ class Translator:
 
         A source or target past `decoding.max_source` or `max_length` tokens is cut.
         """
-        encoded = encode_pairs(pairs, self.tokenizer)
-        results = [PairScore(0.0, 0.0, 0)] * len(pairs)
+        return self.score_encoded(encode_pairs(pairs, self.tokenizer))
+
+    def score_encoded(self, encoded: EncodedPairs) -> list[PairScore]:
+        """`score` of tokens."""
+        results = [PairScore(0.0, 0.0, 0)] * len(encoded.source)
         for indices, batch in self._pair_batches(encoded):
             prefix = self._prefix_rows([()] * len(indices))
             if prefix is not None:

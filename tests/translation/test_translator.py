@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 import qkv_jax
+from qkv_jax.data import EncodedPairs, Sentences, encode_sources
 from qkv_jax.training import MeshConfig, make_mesh
+from qkv_jax.training.distributed import fetch
 from qkv_jax.translation import Wishes, load_run, load_translator
 from qkv_jax.translation import translator as module
 from tests.translation import toy
@@ -126,33 +128,34 @@ def test_long_sentences_are_cut_split_or_refused_and_counted(finished, translato
 
 
 def test_scores_of_its_own_translations_are_those_it_gave(translator, sentences):
-    found = [best[0] for best in translator(sentences)]
-    pairs = [(s, best.text) for s, best in zip(sentences, found)]
-    # Of those whose text gives the tokens again that were searched.
-    again = translator.score(pairs)
-    same = [a for a, best in zip(again, found) if best.text]
-    wanted = [best.score for best in found if best.text]
-    close = np.isclose([one.score for one in same], wanted, atol=1e-5)
-    assert close.mean() > 0.8
-    assert all(one.score == pytest.approx(one.log_prob / one.tokens) for one in again)
+    encoded = encode_sources(sentences[:8], translator.tokenizer)
+    found = fetch(translator.search(encoded.rows(np.arange(8), 24)))
+    targets = [row[0, : n[0]].tolist() for row, n in zip(found.tokens, found.lengths)]
+    again = translator.score_encoded(
+        EncodedPairs(encoded, Sentences.from_lists(targets))
+    )
+    np.testing.assert_allclose([x.score for x in again], found.scores[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(
+        [x.log_prob for x in again], found.log_probs[:, 0], rtol=1e-5
+    )
+    assert [x.tokens for x in again] == found.lengths[:, 0].tolist()
 
 
 def test_scores_do_not_depend_on_company(translator, sentences):
     pairs = [(sentence, sentence) for sentence in sentences]
     together, alone = translator.score(pairs), [translator.score([p])[0] for p in pairs]
     np.testing.assert_allclose(together, alone, rtol=1e-5)
-    assert [one.tokens for one in together] == [
-        len(ids) for ids in translator.tokenizer.encode_target(sentences)
-    ]
+    whole = translator.tokenizer.encode_target(sentences)
+    longest = translator.decoding.max_length
+    assert [one.tokens for one in together] == [min(len(x), longest) for x in whole]
 
 
-def test_an_alignment_has_a_row_for_each_word(translator, sentences):
-    for source, (best, *_) in zip(sentences, translator(sentences, align=True)):
-        words = len(best.text.split())
-        assert best.alignment.weights.shape == (words, len(source.split()))
-        assert [
-            target for _, target in sorted(best.alignment.pairs, key=lambda p: p[1])
-        ] == [*range(words)]
+def test_an_alignment_has_a_row_for_each_word(translator):
+    source, target = translator.tokenizer.encode_source(["one two", "zero three four"])
+    weights = np.random.default_rng(0).random((2, len(target) + 3, len(source) + 3))
+    found = translator._aligned(weights, np.array([*source, 0, 0, 0]), np.array(target))
+    assert found.weights.shape == (3, 2)
+    assert sorted(target for _, target in found.pairs) == [0, 1, 2]
 
 
 def test_samples_are_of_the_seed_and_the_sentence(finished, sentences):
@@ -182,9 +185,15 @@ def test_wishes_are_fulfilled(translator, sentences):
     found = [best[0].text for best in translator(few, wishes=wishes)]
     assert found[0].startswith("seven") and found[2].startswith("eight")
     assert "nine" in found[1]
-    plain = translator(few)[0][0].text
-    banned = translator(few, wishes=Wishes(banned=[plain.split()[0]]))[0][0].text
-    assert plain.split()[0] not in banned.split()
+
+
+def test_banned_tokens_are_not_emitted(translator, sentences):
+    rows = encode_sources(sentences[:8], translator.tokenizer).rows(np.arange(8), 24)
+    plain = fetch(translator.search(rows)).tokens
+    first = int(plain[0, 0, 0])
+    found = fetch(translator.search(rows, banned=((first,),))).tokens
+    assert (plain == first).any() and not (found == first).any()
+    assert translator(["one"], wishes=Wishes(banned=["nine"]))[0][0].text
 
 
 def test_wishes_for_other_sentences_are_refused(translator):
