@@ -91,31 +91,62 @@ def every_hypothesis(table, row, limit, penalty):
     return sorted(scored, key=lambda entry: -entry[0])
 
 
-def greedy_oracle(table, row, limit):
+def unruled(tokens, gains, last):
+    return gains
+
+
+def greedy_oracle(table, row, limit, rule=unruled, ends=True):
     tokens = ()
-    while EOS not in tokens:
-        last = len(tokens) + 1 == limit
-        token = EOS if last else int(np.argmax(log_probs_after(table, row, tokens)))
-        tokens += (token,)
+    while EOS not in tokens and len(tokens) < limit:
+        last = ends and len(tokens) + 1 == limit
+        gains = rule(tokens, log_probs_after(table, row, tokens), last)
+        tokens += (EOS if last else int(np.argmax(gains)),)
     return tokens
 
 
-def beam_oracle(table, row, limit, beams, penalty):
-    """Runs to the limit, without early exit: (score, tokens), best first."""
+def sub_sequences(tokens, n):
+    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+
+
+def beam_oracle(table, row, limit, beams, penalty, rule=unruled, ends=True):
+    """Runs to the limit, without early exit: (score, tokens), best first.
+
+    `rule(tokens, gains, last)` gives what tokens add after `tokens`; last: EOS is asked for. Where
+    not `ends`, the token at the limit may be any.
+    """
     alive, finished = [(0.0, ())], []
     for length in range(1, limit + 1):
         candidates = []
         for total, tokens in alive:
-            gains = log_probs_after(table, row, tokens)
-            allowed = [EOS] if length == limit else range(EOS, table.shape[1])
+            last = ends and length == limit
+            gains = rule(tokens, log_probs_after(table, row, tokens), last)
+            allowed = [EOS] if last else range(table.shape[1])
             candidates += [
-                (total + gains[token], (*tokens, token)) for token in allowed
+                (total + gains[token], (*tokens, token))
+                for token in allowed
+                if gains[token] > -np.inf
             ]
         candidates.sort(key=lambda entry: -entry[0])
-        ended = [entry for entry in candidates[:beams] if entry[1][-1] == EOS]
+        over = lambda entry, length=length: entry[1][-1] == EOS or length == limit
+        ended = [entry for entry in candidates[:beams] if over(entry)]
         finished += [(total / penalty(length), tokens) for total, tokens in ended]
-        alive = [entry for entry in candidates if entry[1][-1] != EOS][:beams]
+        alive = [entry for entry in candidates if not over(entry)][:beams]
     return sorted(finished, key=lambda entry: -entry[0])[:beams]
+
+
+def run(search, table, rows, hypotheses, *, step=None, cache=None, **options):
+    """A search of the toy, jitted."""
+
+    @jax.jit
+    def jitted(rows):
+        return search(
+            step or toy_step(table),
+            toy_cache(rows, hypotheses) if cache is None else cache,
+            batch_size=len(rows),
+            **({"max_length": 6} | SPECIAL | options),
+        )
+
+    return jitted(jnp.asarray(rows))
 
 
 def as_tuples(hypotheses, row):
