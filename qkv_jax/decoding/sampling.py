@@ -92,7 +92,7 @@ def sample(
         raise ValueError(f"samples must be at least 1; got {samples}.")
     _check_distribution(temperature, top_k, top_p, typical)
     ids = jnp.arange(batch_size) if row_ids is None else row_ids
-    draw = _drawer(rng, integers("row_ids", ids, ("B",), batch_size))
+    draw = _drawer(rng, integers("row_ids", ids, ("B",), batch_size), samples)
 
     def choose(logits: jax.Array, length: jax.Array) -> jax.Array:
         logits = logits / temperature
@@ -107,21 +107,19 @@ def sample(
     return roll_out(step, cache, rules, choose, hypotheses=samples)
 
 
-def _drawer(rng: jax.Array, row_ids: jax.Array) -> Choose:
+def _drawer(rng: jax.Array, row_ids: jax.Array, samples: int) -> Choose:
     # Threefry alone is the same under vmap and alone; a key of any kind seeds it.
     seed = jax.random.bits(rng, (2,), jnp.uint32)
     base = jax.random.wrap_key_data(seed, impl="threefry2x32")
-    rows = jax.vmap(jax.random.fold_in, (None, 0))(base, row_ids)
+    fold = jax.random.fold_in
+    rngs = jax.vmap(fold, (None, 0))(base, row_ids)
+    rngs = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))(rngs, jnp.arange(samples))
 
     def draw(logits: jax.Array, length: jax.Array) -> jax.Array:
-        hypotheses = jnp.arange(logits.shape[1])
+        def noise(rng: jax.Array) -> jax.Array:
+            return jax.random.gumbel(fold(rng, length), logits.shape[2:])
 
-        def noise(row: jax.Array) -> jax.Array:
-            row = jax.random.fold_in(row, length)
-            rngs = jax.vmap(jax.random.fold_in, (None, 0))(row, hypotheses)
-            return jax.vmap(lambda rng: jax.random.gumbel(rng, logits.shape[2:]))(rngs)
-
-        return first_argmax(logits + jax.vmap(noise)(rows), length)
+        return first_argmax(logits + jax.vmap(jax.vmap(noise))(rngs), length)
 
     return draw
 

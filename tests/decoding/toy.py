@@ -120,7 +120,7 @@ def beam_oracle(table, row, limit, beams, penalty, rule=unruled, ends=True):
         for total, tokens in alive:
             last = ends and length == limit
             gains = rule(tokens, log_probs_after(table, row, tokens), last)
-            allowed = [EOS] if last else range(table.shape[1])
+            allowed = [EOS] if last else range(len(gains))
             candidates += [
                 (total + gains[token], (*tokens, token))
                 for token in allowed
