@@ -62,6 +62,26 @@ NEUTRAL = {
     "do_sample",
     "add_cross_attention",
     "tie_encoder_decoder",
+    "begin_suppress_tokens",
+    "chunk_size_feed_forward",
+    "cross_attention_hidden_size",
+    "diversity_penalty",
+    "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty",
+    "finetuning_task",
+    "is_composition",
+    "num_beam_groups",
+    "num_return_sequences",
+    "output_scores",
+    "remove_invalid_values",
+    "return_dict_in_generate",
+    "sep_token_id",
+    "suppress_tokens",
+    "tf_legacy_loss",
+    "typical_p",
+    # Of the first releases; since 2020 the tensors alone decide what these said.
+    "add_bias_logits",
+    "extra_pos_embeddings",
 }
 ACTIVATIONS = {
     "relu": "relu",
@@ -132,12 +152,15 @@ class Family:
         prefix: of the names of its tensors, before "encoder" and "decoder".
         t5: whether blocks are named as T5's are, or as BART's.
         sinusoids: whether a checkpoint may hold its sinusoids, which are computed anew.
+        starts_from_language: whether targets start from their language where a checkpoint
+            names no start, as mBART's do.
     """
 
     fields: Callable[[Keys], dict[str, Any]]
     prefix: str = "model."
     t5: bool = False
     sinusoids: bool = False
+    starts_from_language: bool = False
 
 
 def _bart_like(keys: Keys) -> dict[str, Any]:
@@ -146,7 +169,9 @@ def _bart_like(keys: Keys) -> dict[str, Any]:
         keys("decoder_attention_heads"),
     )
     width, decoder_width = keys("encoder_ffn_dim"), keys("decoder_ffn_dim")
-    keys.fixed(is_encoder_decoder=True, is_decoder=False, add_bias_logits=False)
+    keys.fixed(
+        is_encoder_decoder=True, is_decoder=False, do_blenderbot_90_layernorm=False
+    )
     keys.since("tie_word_embeddings", True)
     return {
         "d_model": keys("d_model"),
@@ -190,7 +215,6 @@ def _pegasus(keys: Keys) -> dict[str, Any]:
         add_final_layer_norm=True,
         static_position_embeddings=True,
     )
-    keys.since("extra_pos_embeddings", 0)  # Of learned positions.
     return fields | {"norm": "pre", "output_bias": True}
 
 
@@ -223,11 +247,7 @@ def _mbart(keys: Keys) -> dict[str, Any]:
 def _learned(keys: Keys) -> dict[str, Any]:
     fields = _bart_like(keys)
     keys("vocab_size")
-    keys.fixed(
-        normalize_embedding=True,
-        static_position_embeddings=False,
-        extra_pos_embeddings=2,
-    )
+    keys.fixed(normalize_embedding=True, static_position_embeddings=False)
     return fields | {
         "positions": "learned",
         "position_offset": 2,
@@ -289,7 +309,7 @@ FAMILIES = {
     "pegasus": Family(_pegasus, sinusoids=True),
     "m2m_100": Family(_m2m, sinusoids=True),
     "bart": Family(_bart),
-    "mbart": Family(_mbart),
+    "mbart": Family(_mbart, starts_from_language=True),
     "t5": Family(_t5, prefix="", t5=True),
     "mt5": Family(_mt5, prefix="", t5=True),
 }

@@ -1,5 +1,6 @@
 """Published translation models as ours, and back, tensor by tensor."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Collection, Mapping
@@ -34,7 +35,7 @@ class Pretrained:
         family: `model_type` of its configuration.
         config: of `seq2seq.Model`.
         params: its `nnx.Param` state, float32.
-        start: id that every target starts from.
+        start: id that every target starts from; None: its language, which the tokeniser knows.
         eos: id that ends a target.
         first: id that every target has to begin with; None: any.
         settings: its config.json.
@@ -47,7 +48,7 @@ class Pretrained:
     family: str
     config: Config
     params: Any
-    start: int
+    start: int | None
     eos: int
     first: int | None
     settings: dict[str, Any]
@@ -108,7 +109,7 @@ def read_fields(
             f"{', '.join(FAMILIES)}."
         )
     family, keys = FAMILIES[name], Keys(settings)
-    special = _special(keys, generation, t5=family.t5)
+    special = _special(keys, generation, family)
     fields = family.fields(keys)
     problems = keys.finish(ignore)
     if problems:
@@ -139,7 +140,9 @@ def save(pretrained: Pretrained, directory: str | os.PathLike) -> None:
         write_json(directory / GENERATION_FILE, pretrained.generation)
 
 
-def _special(keys: Keys, generation: Mapping[str, Any], *, t5: bool) -> dict[str, Any]:
+def _special(
+    keys: Keys, generation: Mapping[str, Any], family: Family
+) -> dict[str, Any]:
     """Ids of decoding, from the generation settings where they stand there."""
 
     def find(name: str) -> Any:
@@ -148,10 +151,14 @@ def _special(keys: Keys, generation: Mapping[str, Any], *, t5: bool) -> dict[str
         return keys.content.get(name) if value is None else value
 
     start, eos = find("decoder_start_token_id"), find("eos_token_id")
-    if start is None and t5:  # Implied by the family: targets start from padding.
+    if (
+        start is None and family.t5
+    ):  # Implied by the family: targets start from padding.
         start = find("pad_token_id")
     for name, value in (("decoder_start_token_id", start), ("eos_token_id", eos)):
-        if not isinstance(value, int):
+        start_implied = start is None and family.starts_from_language
+        implied = start_implied and name == "decoder_start_token_id"
+        if type(value) is not int and not implied:
             keys.problems.append(f"config key {name!r} must be an id; it is {value!r}")
     return {"start": start, "eos": eos, "first": find("forced_bos_token_id")}
 
@@ -225,6 +232,10 @@ def assemble(
     """
     name = settings["model_type"]
     family = FAMILIES[name]
+    if not any(theirs.startswith(family.prefix) for theirs in tensors):
+        # Of the model without its output, as facebook/bart-large: neither prefix nor bias.
+        family = dataclasses.replace(family, prefix="")
+        fields = {**fields, "output_bias": "final_logits_bias" in tensors}
     tables, tie = _tables(family, tensors, directory, tied=settings)
     try:
         config = Config(
