@@ -151,13 +151,8 @@ class CheckpointStore:
         training = _unflatten(_training(like), items["training"])
         ema = None if like.ema is None else _unflatten(like.ema, items["ema"])
         params = _unflatten(like.params, items["params"])
-        constant = None
-        if like.constant is not None:
-            place = self.directory / FOLDER / CONSTANT
-            _check_sizes(place)
-            kept = _restore(place, "params", _flatten(like.constant))
-            constant = _unflatten(like.constant, kept)
-            self._has_constant = True
+        constant = _restore_constant(checkpoint, like.constant)
+        self._has_constant = True
         state = TrainState(params=params, ema=ema, constant=constant, **training)
         return state, progress
 
@@ -191,36 +186,45 @@ def restore_params(
     like: Any,
     *,
     step: int | Literal["best", "latest"] = "best",
+    finetune: FinetuneConfig | None = None,
 ) -> Any:
     """The weights of a run for evaluation: its moving average where it kept one.
 
-    Needs neither the optimizer nor the devices of the training run, and changes nothing.
+    Needs neither the optimizer nor the devices of the training run, nor the weights it began
+    from, and changes nothing.
 
     Args:
         directory: of the run.
-        like: pytree of arrays or ShapeDtypeStructs with the parameters' structure and shapes.
+        like: pytree of arrays or ShapeDtypeStructs with the structure and shapes of all of the
+            model's parameters, of which none is an adapter.
         step: a step number, "latest", or "best": of the best evaluation (the latest where the
             run evaluated nothing).
+        finetune: that of the run.
 
     Returns:
-        Pytree of arrays like `like`, on the default device.
+        Pytree of arrays like `like`, on the default device; adapters are merged into it.
 
     Raises:
         RunError: there is no such checkpoint, it is cut short, or it has other parameters.
     """
     chosen = _choose(directory, step)
-    return jax.tree.map(
-        jnp.asarray, _unflatten(like, _host_params(directory, chosen, like))
-    )
+    return jax.tree.map(jnp.asarray, _whole_params(directory, chosen, like, finetune))
 
 
-def average_params(directory: str | os.PathLike, like: Any, *, count: int) -> Any:
+def average_params(
+    directory: str | os.PathLike,
+    like: Any,
+    *,
+    count: int,
+    finetune: FinetuneConfig | None = None,
+) -> Any:
     """The mean of the parameters of a run's last `count` checkpoints, summed in float64.
 
     Args:
         directory: of the run.
         like: see restore_params.
         count: checkpoints to average.
+        finetune: that of the run; what is averaged is merged before.
 
     Returns:
         Pytree of arrays like `like`, on the default device.
@@ -237,15 +241,13 @@ def average_params(directory: str | os.PathLike, like: Any, *, count: int) -> An
             f"{directory} holds {len(steps)} checkpoints, {count} are to be averaged: "
             "average fewer, or train with a larger training.keep."
         )
-    total: dict[str, np.ndarray] = {}
+    total = jax.tree.map(lambda x: np.zeros(x.shape), like)
     for step in steps[-count:]:
-        for name, array in _host_params(directory, step, like).items():
-            total[name] = total.get(name, np.zeros(())) + array.astype(np.float64)
-    dtypes = {name: leaf.dtype for name, leaf in _flatten(like).items()}
-    means = {
-        name: jnp.asarray((x / count).astype(dtypes[name])) for name, x in total.items()
-    }
-    return _unflatten(like, means)
+        params = _whole_params(directory, step, like, finetune)
+        total = jax.tree.map(lambda t, x: t + np.asarray(x, np.float64), total, params)
+    return jax.tree.map(
+        lambda t, x: jnp.asarray((t / count).astype(x.dtype)), total, like
+    )
 
 
 class _KeepLatestAndBest(PreservationPolicy):
@@ -314,16 +316,41 @@ def _choose(directory: str | os.PathLike, step: int | Literal["best", "latest"])
     return step
 
 
-def _host_params(
-    directory: str | os.PathLike, step: int, like: Any
-) -> dict[str, np.ndarray]:
+def _whole_params(
+    directory: str | os.PathLike,
+    step: int,
+    like: Any,
+    finetune: FinetuneConfig | None,
+) -> Any:
+    """A checkpoint's parameters like `like`: numpy arrays, but for what adapters changed."""
     checkpoint = _step_directory(directory, step)
-    _check_sizes(checkpoint)
     name = "ema" if (checkpoint / "ema").is_dir() else "params"
-    host = {
-        key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in _flatten(like).items()
-    }
-    return _restore(checkpoint, name, host)
+    split = functools.partial(split_params, finetune=finetune)
+    trained, constant = jax.eval_shape(split, like)
+    _check_sizes(checkpoint)
+    saved = _unflatten(trained, _restore(checkpoint, name, _flatten(_host(trained))))
+    return merge_params(saved, _restore_constant(checkpoint, _host(constant)), finetune)
+
+
+def _host(like: Any) -> Any:
+    """Shapes without shardings, which are restored as numpy arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
+
+
+def _restore_constant(checkpoint: Path, like: Any) -> Any:
+    """What this and all other checkpoints of the run have in common."""
+    if like is None:
+        return None
+    place = checkpoint.with_name(CONSTANT)
+    try:
+        _check_sizes(place)
+        return _unflatten(like, _restore(place, "params", _flatten(like)))
+    except DamagedCheckpoint as error:
+        # Not a damaged checkpoint: no earlier one could do without it.
+        raise RunError(
+            f"{place} is missing, cut short or damaged, and all checkpoints of the run need it: "
+            "bring it back from a copy, or train again in another directory."
+        ) from error
 
 
 def _restore(checkpoint: Path, item: str, like: Mapping[str, Any]) -> dict[str, Any]:

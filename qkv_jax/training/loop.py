@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from qkv_jax.training.adapters import FinetuneConfig, merge_params
+from qkv_jax.training.adapters import FinetuneConfig, count_params, merge_params
 from qkv_jax.training.checkpoint import CheckpointStore
 from qkv_jax.training.distributed import is_first
 from qkv_jax.training.errors import Interrupted, NotFinite
@@ -190,7 +190,7 @@ def train(
         See TrainResult. The last checkpoint is complete.
 
     Raises:
-        ValueError: patience without evaluate; a batch that the mesh does not divide; an iterator
+        ValueError: patience without evaluate; finetune that does not fit params; a batch that the mesh does not divide; an iterator
             that ends; an evaluation without config.metric.
         RunError: losses or gradients that are not finite, config.max_skipped in a row; a checkpoint
             that does not fit, or is damaged and the only one; one that cannot be written.
@@ -209,6 +209,10 @@ def train(
             ProgressLine(config.steps, start=record.step, console=console) as line,
             _Signals() as signals,
         ):
+            if finetune is not None:
+                shapes = jax.eval_shape(params) if callable(params) else params
+                counts = count_params(shapes, finetune)
+                line.say(f"parameters trained: {counts}")
             for name in store.set_aside:
                 line.say(f"damaged, and set aside: {name}")
             if record.step:
