@@ -8,6 +8,7 @@ Parameters that are not trained are the same in all checkpoints, and are kept on
 first of them is begun, as run/checkpoints/constant/params/.
 """
 
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
+from qkv_jax.training.adapters import FinetuneConfig, merge_params, split_params
 from qkv_jax.training.distributed import is_first, on_first
 from qkv_jax.training.errors import DamagedCheckpoint, RunError
 from qkv_jax.training.state import TrainState
