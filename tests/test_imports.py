@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "decoding": {"ops"},
     "training": {"ops"},
     "compression": {"ops", "layers"},
-    "interop": {"ops", "layers", "models"},
+    "interop": {"ops", "layers", "models", "decoding"},
     "data": set(),
     "viz": set(),
     "__init__": {"translation"},
