@@ -161,7 +161,7 @@ def load_model(options: Use, *, n_best: int = 1) -> Any:
     return load_translator(
         options.model,
         *options.ensemble,
-        checkpoint=_checkpoint(options.checkpoint),
+        checkpoint=checkpoint_of(options.checkpoint),
         languages=LanguageConfig(
             source=options.source_language,
             target=options.target_language,
@@ -172,7 +172,8 @@ def load_model(options: Use, *, n_best: int = 1) -> Any:
     )
 
 
-def _checkpoint(text: str | None) -> Any:
+def checkpoint_of(text: str | None) -> Any:
+    """A checkpoint as `load_run` takes it."""
     if text is None or text in ("best", "latest", "average"):
         return text
     if not text.isdecimal():

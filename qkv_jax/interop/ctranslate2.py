@@ -216,7 +216,9 @@ def _stack(kind: Any, specs: Any, config: Config, side: Side) -> Any:
     )
 
 
-def _fill_stack(spec: Any, named: Named, config: Config, side: Side, where: str) -> None:
+def _fill_stack(
+    spec: Any, named: Named, config: Config, side: Side, where: str
+) -> None:
     scale = config.d_model**0.5 if config.embedding_scale else 1.0
     spec.scale_embeddings = np.float32(scale)
     if config.positions != "relative":

@@ -197,6 +197,20 @@ def load_tokenizer(
     )
 
 
+def tokenizer_files(
+    directory: str | os.PathLike[str], *, family: str, settings: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """The files of a published model's tokeniser, by name; read and checked.
+
+    Raises:
+        InteropError: one is missing or damaged.
+    """
+    files = Files(Path(directory))
+    BUILDERS[family](files, settings)
+    files.json(CONFIG)
+    return dict(files.content)
+
+
 class _Finder:
     """Ids that the configuration and the vocabulary both name, checked against each other."""
 

@@ -10,8 +10,15 @@ from flax import nnx
 
 from qkv_jax import data, training
 from qkv_jax.data import SentenceTokenizer, Tokenizer, write_atomically
-from qkv_jax.interop import InteropError, Pretrained, fetch, load, load_tokenizer
-from qkv_jax.interop.description import load_description, save_description
+from qkv_jax.interop import (
+    InteropError,
+    Pretrained,
+    fetch,
+    load,
+    load_description,
+    load_tokenizer,
+    save_description,
+)
 from qkv_jax.models import seq2seq
 from qkv_jax.translation.config import (
     DecodingConfig,

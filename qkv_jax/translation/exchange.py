@@ -1,0 +1,195 @@
+"""Published models in, and models out for other software."""
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from qkv_jax.interop import (
+    Agreement,
+    InteropError,
+    Trained,
+    Vocabularies,
+    convert_marian,
+    export_ctranslate2,
+    export_huggingface,
+    fetch,
+    generation_settings,
+    is_marian_npz,
+    load,
+    new_directory,
+    save,
+    tokenizer_files,
+    verify,
+)
+from qkv_jax.translation.config import LanguageConfig
+from qkv_jax.translation.start import NO_LANGUAGES, Checkpoint, Start, load_start
+
+Format = Literal["hf", "ctranslate2"]
+
+
+class Imported(NamedTuple):
+    """What was imported.
+
+    Attributes:
+        family: such as "marian".
+        parameters: numbers.
+        tensors: that the checkpoint holds.
+        files: of the tokeniser.
+    """
+
+    family: str
+    parameters: int
+    tensors: int
+    files: tuple[str, ...]
+
+
+def import_model(name: str, out: str | Path, *, ignore: Sequence[str] = ()) -> Imported:
+    """Checks a published model, and writes it as a directory that every command takes.
+
+    The directory is that of a Hugging Face model, with safetensors, whatever it came from.
+
+    Args:
+        name: directory of a Hugging Face model or of the Marian toolkit, or a name on the hub.
+        out: a new or empty directory.
+        ignore: keys of config.json that are known not to change what is computed.
+
+    Raises:
+        InteropError: anything of it is missing, unknown or does not fit; nothing is written.
+    """
+    directory = fetch(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        if is_marian_npz(directory):
+            convert_marian(directory, Path(temporary) / "model")
+            directory = Path(temporary) / "model"
+        pretrained = load(directory, ignore=ignore)
+        files = tokenizer_files(
+            directory, family=pretrained.family, settings=pretrained.settings
+        )
+        with new_directory(out) as building:
+            save(pretrained, building)
+            for file, content in files.items():
+                (building / file).write_bytes(content)
+    return Imported(
+        pretrained.family,
+        sum(leaf.size for leaf in jax.tree.leaves(pretrained.params)),
+        len(pretrained.dtypes),
+        tuple(sorted(files)),
+    )
+
+
+def export_model(
+    model: str | Path,
+    out: str | Path,
+    *,
+    to: Format,
+    quantization: str | None = None,
+    checkpoint: Checkpoint | None = None,
+    languages: LanguageConfig = NO_LANGUAGES,
+) -> Start:
+    """Writes a model for other software, and returns it.
+
+    Args:
+        model: directory of a run, or of an imported or published model, or a hub name.
+        out: a new or empty directory.
+        to: "hf", a directory that `transformers` loads; "ctranslate2".
+        quantization: of the weights for CTranslate2, such as "int8"; None: float32.
+        checkpoint: of a run.
+        languages: of a published model for several.
+
+    Raises:
+        InteropError, RunError: there is no such model, the format cannot express it, or the
+            directory is not free; nothing is written.
+    """
+    if to == "hf" and quantization is not None:
+        raise InteropError(
+            "quantization is of CTranslate2: export to it, or leave it out."
+        )
+    start = load_start(model, checkpoint=checkpoint, languages=languages)
+    with tempfile.TemporaryDirectory() as temporary:
+        start.tokenizer.save(temporary)
+        files = sorted(Path(temporary).iterdir())
+        if to == "hf":
+            _export_huggingface(start, out, files)
+        else:
+            export_ctranslate2(
+                weights(start),
+                vocabularies(start),
+                out,
+                quantization=quantization,
+                forbidden=start.tokenizer.never,
+                files=files,
+            )
+    return start
+
+
+def check_export(
+    start: Start, directory: str | Path, sentences: Sequence[str]
+) -> Agreement:
+    """Compares a model with the CTranslate2 directory that was made of it, on some sentences."""
+    sources = start.tokenizer.encode_source(
+        [text for text in sentences if text.strip()]
+    )
+    if not sources:
+        raise InteropError("there is no sentence to compare on: give some.")
+    longest = start.decoding.max_source
+    return verify(
+        weights(start),
+        directory,
+        [ids for ids in sources if len(ids) <= longest],
+        alpha=start.decoding.alpha,
+        forbidden=start.tokenizer.never,
+    )
+
+
+def weights(start: Start) -> Any:
+    """The model as the exporters take it."""
+    tokenizer = start.tokenizer
+    first = tokenizer.prefix[0] if tokenizer.prefix else None
+    if start.pretrained is not None:
+        return dataclasses.replace(
+            start.pretrained, start=tokenizer.start, eos=tokenizer.eos, first=first
+        )
+    return Trained(
+        config=start.model,
+        params=start.params,
+        start=tokenizer.start,
+        eos=tokenizer.eos,
+        first=first,
+    )
+
+
+def vocabularies(start: Start) -> Vocabularies:
+    """The piece of every id."""
+    tokenizer = start.tokenizer
+    return Vocabularies(
+        tokenizer.source_pieces(range(tokenizer.source_size)),
+        tokenizer.target_pieces(range(tokenizer.target_size)),
+    )
+
+
+def _export_huggingface(start: Start, out: str | Path, files: Sequence[Path]) -> None:
+    if start.pretrained is not None:
+        with new_directory(out) as building:
+            save(start.pretrained, building)
+            for file in files:
+                (building / file.name).write_bytes(file.read_bytes())
+        return
+    model, decoding = weights(start), start.decoding
+    export_huggingface(
+        model,
+        out,
+        tokenizer=files[0].read_bytes(),
+        generation=generation_settings(
+            model,
+            beams=decoding.beams,
+            alpha=decoding.alpha,
+            max_length=decoding.max_length,
+            exact=decoding.exact,
+            forbidden=start.tokenizer.never,
+        ),
+        longest=decoding.max_source,
+    )
