@@ -374,7 +374,7 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path, monkeypatch, fail, comm
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\n")))
     for directory in (tmp_path, tmp_path / "none"):
         message = fail(command, directory)
-        assert message == f"{directory} is not a run: it has no config.json."
+        assert message == f"{directory} is not a run or a published model: it has no config.json."
 
 
 @pytest.mark.parametrize("damaged", ["checkpoints", "tokenizer"])

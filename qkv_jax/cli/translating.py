@@ -31,11 +31,11 @@ def evaluate(arguments: list[str]) -> None:
 
     if (options.source is None) != (options.reference is None):
         raise UsageError("--source and --reference go together")
+    translator = load_model(options)
     if options.source is None and not is_run(options.model):
         raise UsageError(
             f"{options.model} is no run, which has a corpus: give --source and --reference"
         )
-    translator = load_model(options)
     if options.source is not None:
         pairs = read_pairs(options.source, options.reference)
     else:
@@ -127,7 +127,7 @@ def _check_counts(options: Translate) -> None:
         raise UsageError("give sentences as arguments or by --input, not both")
     name = "samples" if options.samples else "beams"
     count = options.samples or options.beams
-    if count is not None and options.n_best > count:
+    if count and 0 < count < options.n_best:
         raise UsageError(f"--n-best {options.n_best} needs --{name} of at least that")
 
 
