@@ -8,21 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qkv_jax.interop.errors import InteropError
 from qkv_jax.interop.languages import find_language
 from qkv_jax.interop.pieces import Files, Pieces
-from qkv_jax.interop.vocabularies import (
-    BUILDERS,
-    MARIAN_CODE,
-    SOURCE,
-    TARGET,
-    Vocabulary,
-)
+from qkv_jax.interop.token_ids import CONFIG, TokenIds
+from qkv_jax.interop.vocabularies import MARIAN_CODE, Vocabulary, read_vocabulary
 
 UNUSED = "<unused>"
 # What `transformers` cleans up, in its order.
 SPACED = [" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"]
-CONFIG = "tokenizer_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,181 +144,51 @@ def load_tokenizer(
         InteropError: a file is missing, damaged or does not fit the model; or a language is
             unknown, or needed and not given.
     """
-    if family not in BUILDERS:
-        known = ", ".join(BUILDERS)
-        raise InteropError(f"family must be one of {known}; it is {family!r}.")
     files = Files(Path(directory))
-    vocabulary = BUILDERS[family](files, settings)
-    find = _Finder(files, vocabulary, {**settings, **_present(generation)})
-    named = find.languages(source_language, target_language)
-    if family == "marian":
-        prepare = _marian_preparation(vocabulary, target_language, source_prefix)
-    else:
-        prepare = _preparation(source_prefix)
-    layout, pad, eos = (
-        vocabulary.layout,
-        find.id("pad", "<pad>"),
-        find.id("eos", "</s>"),
-    )
-    ids = [tuple(find.token(x, named) for x in part) for part in layout[:3]]
-    unk = vocabulary.target.index("<unk>")
-    silent = {pad, eos, *vocabulary.languages.values(), *vocabulary.silent}
-    if family == "marian":
-        silent -= set(vocabulary.languages.values())
-    for name in ("<s>", "<unk>", "<mask>"):
-        index = vocabulary.target.index(name)
-        silent |= set() if index is None else {index}
+    vocabulary = read_vocabulary(files, family, settings)
+    ids = TokenIds(files, vocabulary, {**settings, **_present(generation)})
+    named = ids.languages(source_language, target_language)
+    layout, pad, eos = vocabulary.layout, ids.special("pad"), ids.special("eos")
+    sides = (layout.before, layout.after, layout.prefix)
+    before, after, prefix = (tuple(ids.token(x, named) for x in side) for side in sides)
     options = [family, source_language, target_language, source_prefix]
     return PretrainedTokenizer(
         pad=pad,
-        start=find.start(named),
+        start=ids.start(named),
         eos=eos,
-        unk=unk,
-        prefix=ids[2],
-        source_beginning=ids[0],
-        source_ending=ids[1],
-        source_size=find.size("vocab_size"),
-        target_size=find.size("decoder_vocab_size"),
-        never=find.never(pad),
-        silent=frozenset(silent),
+        unk=vocabulary.target.index("<unk>"),
+        prefix=prefix,
+        source_beginning=before,
+        source_ending=after,
+        source_size=ids.size("source"),
+        target_size=ids.size("target"),
+        never=ids.never(pad),
+        silent=ids.silent(),
         digest=_digest(files.content, options),
         _source=vocabulary.source,
         _target=vocabulary.target,
-        _prepare=prepare,
+        _prepare=_preparation(vocabulary, target_language, source_prefix),
         _tidy=_tidier(files, vocabulary),
         _files=files.content,
     )
 
 
-def tokenizer_files(
-    directory: str | os.PathLike[str], *, family: str, settings: Mapping[str, Any]
-) -> dict[str, bytes]:
-    """The files of a published model's tokeniser, by name; read and checked.
-
-    Raises:
-        InteropError: one is missing or damaged.
-    """
-    files = Files(Path(directory))
-    BUILDERS[family](files, settings)
-    files.json(CONFIG)
-    return dict(files.content)
-
-
-class _Finder:
-    """Ids that the configuration and the vocabulary both name, checked against each other."""
-
-    def __init__(
-        self, files: Files, vocabulary: Vocabulary, settings: Mapping[str, Any]
-    ):
-        self.files, self.vocabulary, self.settings = files, vocabulary, settings
-
-    def id(self, role: str, piece: str) -> int:
-        """The id of padding or EOS."""
-        index = self.vocabulary.target.index(piece)
-        wanted = self.settings.get(f"{role}_token_id")
-        if index is None or wanted not in (None, index):
-            raise InteropError(
-                f"{self.files.directory}: the model's {role}_token_id is {wanted}, but the "
-                f"tokeniser's {piece} is {index}: they are of different models."
-            )
-        return index
-
-    def token(self, name: str, named: Mapping[str, int]) -> int:
-        """The id of a token of a layout."""
-        index = named.get(name)
-        index = self.vocabulary.target.index(name) if index is None else index
-        if index is None:
-            raise InteropError(f"{self.files.directory}: the tokeniser lacks {name}.")
-        return index
-
-    def languages(self, source: str | None, target: str | None) -> dict[str, int]:
-        """The ids of source and target language, of a family that has them."""
-        layout, known = self.vocabulary.layout, self.vocabulary.languages
-        given = {"source_language": source, "target_language": target}
-        marks = {"source_language": SOURCE, "target_language": TARGET}
-        defaults = self._defaults()
-        found = {}
-        for option, language in given.items():
-            mark = marks[option]
-            if mark in (*layout.before, *layout.after, *layout.prefix, layout.start):
-                code = find_language(option, language, known, default=defaults[mark])
-                found[mark] = known[code]
-            elif language and not (mark == TARGET and known):
-                raise InteropError(
-                    f"{option} is {language!r}, but the model takes none: leave it out (T5 "
-                    "takes a source_prefix, such as 'translate English to German: ')."
-                )
-        return found
-
-    def _defaults(self) -> dict[str, str | None]:
-        config = self.files.json(CONFIG)
-        codes = {index: code for code, index in self.vocabulary.languages.items()}
-        forced = self.settings.get("forced_bos_token_id")
-        start = self.settings.get("decoder_start_token_id")
-        found = [codes[x] for x in (forced, start) if x in codes]
-        target = found[0] if found else config.get("tgt_lang")
-        return {SOURCE: config.get("src_lang"), TARGET: target}
-
-    def start(self, named: Mapping[str, int]) -> int:
-        """What targets start from: a language, what the configuration says, or the family's."""
-        start, configured = (
-            self.vocabulary.layout.start,
-            self.settings.get("decoder_start_token_id"),
-        )
-        if start == TARGET:
-            return named[TARGET]
-        if configured is not None:
-            return configured
-        if start is None:
-            raise InteropError(
-                f"{self.files.directory}: decoder_start_token_id is missing from config.json "
-                "and generation_config.json."
-            )
-        return self.token(start, named)
-
-    def size(self, key: str) -> int:
-        """The size of a vocabulary of the model, which has to hold the tokeniser's ids."""
-        size = self.settings.get(key) or self.settings.get("vocab_size")
-        if not isinstance(size, int):
-            raise InteropError(f"{self.files.directory}: config.json lacks vocab_size.")
-        source = key == "vocab_size"
-        count = (self.vocabulary.source if source else self.vocabulary.target).size()
-        if count > size:
-            raise InteropError(
-                f"{self.files.directory}: the tokeniser has {count:,} ids, but the model's "
-                f"vocabulary is of {size:,} ({key}): they are of different models."
-            )
-        return size
-
-    def never(self, pad: int) -> tuple[int, ...]:
-        """Padding, and what the configuration rules out one by one."""
-        banned = self.settings.get("bad_words_ids") or []
-        alone = [words[0] for words in banned if len(words) == 1]
-        return tuple(
-            dict.fromkeys([pad, *alone, *(self.settings.get("suppress_tokens") or [])])
-        )
-
-
-def _preparation(prefix: str) -> Callable[[str], tuple[list[int], str]]:
-    return lambda text: ([], prefix + text)
-
-
-def _marian_preparation(
+def _preparation(
     vocabulary: Vocabulary, language: str | None, prefix: str
 ) -> Callable[[str], tuple[list[int], str]]:
-    """Takes the token of the target's language off a source, or puts it there."""
-    known = vocabulary.languages
+    """Puts the prefix before a source, and takes Marian's token of a language off it, or adds it."""
+    known = vocabulary.languages if vocabulary.marked else {}
+    if not known:
+        return lambda text: ([], prefix + text)
     given = []
     if language:
-        code = find_language("target_language", language, known, default=None)
-        given = [known[code]]
+        given = [known[find_language("target_language", language, known, default=None)]]
 
     def prepare(text: str) -> tuple[list[int], str]:
-        match = MARIAN_CODE.match(text) if known else None
-        if match:
+        if match := MARIAN_CODE.match(text):
             code = find_language("the token of", match[1], known, default=None)
             return [known[code]], prefix + text[match.end() :]
-        if known and language is None:
+        if language is None:
             find_language("target_language", None, known, default=None)
         return given, prefix + text
 

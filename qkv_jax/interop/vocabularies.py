@@ -51,6 +51,7 @@ class Vocabulary(NamedTuple):
         target: pieces of targets.
         layout: what stands beside them.
         languages: code -> id of a token.
+        marked: whether a source names its target's language itself, as Marian's do (">>deu<<").
         silent: further ids that are no text.
         tidy: finishes a decoded text.
         cleans: whether spaces before punctuation go where tokenizer_config.json says so.
@@ -60,6 +61,7 @@ class Vocabulary(NamedTuple):
     target: Pieces
     layout: Layout
     languages: Mapping[str, int] = {}
+    marked: bool = False
     silent: Sequence[int] = ()
     tidy: Callable[[str], str] = str
     cleans: bool = True
@@ -89,6 +91,7 @@ def marian(files: Files, settings: Mapping[str, Any]) -> Vocabulary:
         target=SentencePieces(join, target, special, target["<unk>"]),
         layout=Layout(),
         languages={} if separate else found,
+        marked=True,
         tidy=lambda text: text.replace("▁", " ").strip(),
     )
 
@@ -162,6 +165,24 @@ BUILDERS: dict[str, Callable[[Files, Mapping[str, Any]], Vocabulary]] = {
     "t5": t5,
     "mt5": t5,
 }
+
+
+def read_vocabulary(
+    files: Files, family: str, settings: Mapping[str, Any]
+) -> Vocabulary:
+    """The vocabulary of a family, or Marian's where a model of another has its files.
+
+    Raises:
+        InteropError: a file is missing or damaged, or the family is not known.
+    """
+    if "source.spm" in files:  # So have all models that were trained here.
+        return marian(files, settings)
+    if family not in BUILDERS:
+        raise InteropError(
+            f"{files.directory}: tokenisers are known of {', '.join(BUILDERS)}; the model is of "
+            f"{family!r}."
+        )
+    return BUILDERS[family](files, settings)
 
 
 def _fairseq(files: Files, codes: Sequence[str], layout: Layout) -> Vocabulary:

@@ -6,7 +6,11 @@ import sys
 
 import pytest
 
+from qkv_jax.data import train_tokenizer
 from qkv_jax.interop import InteropError, load_tokenizer
+from qkv_jax.interop.export import write_marian_tokenizer
+from qkv_jax.interop.trained import Trained
+from qkv_jax.models.seq2seq import Config
 from tests.interop import toy
 
 
@@ -170,7 +174,7 @@ def test_files_that_are_missing_or_damaged_are_named(tmp_path):
         load(tmp_path / "nowhere", {"model_type": "t5"})
     with pytest.raises(InteropError, match="spiece.model or tokenizer.json is missing"):
         load(tmp_path, {"model_type": "t5"})
-    with pytest.raises(InteropError, match="family must be one of marian, .*'gpt2'"):
+    with pytest.raises(InteropError, match="known of marian, .* is of 'gpt2'"):
         load(tmp_path, {"model_type": "gpt2"})
     settings = toy.marian(tmp_path)
     (tmp_path / "target.spm").write_bytes(b"not a model")
@@ -180,6 +184,24 @@ def test_files_that_are_missing_or_damaged_are_named(tmp_path):
     (tmp_path / "target.spm").write_bytes((tmp_path / "source.spm").read_bytes())
     with pytest.raises(InteropError, match="vocab.json is damaged"):
         load(tmp_path, settings)
+
+
+def test_a_model_trained_here_is_read_like_its_own_tokeniser(tmp_path):
+    sentences = (toy.ENGLISH + toy.GERMAN) * 3
+    own = train_tokenizer(sentences, vocab_size=330, directory=tmp_path / "cache")
+    own.save(tmp_path)
+    config = Config(vocabulary=own.vocab_size, d_model=8, d_ff=8, heads=2, pad=own.pad)
+    model = Trained(
+        config=config, params=None, start=own.start, eos=own.eos, first=None
+    )
+    content = (tmp_path / "tokenizer.model").read_bytes()
+    write_marian_tokenizer(tmp_path, content, model=model)
+    settings = {"model_type": "pegasus", "vocab_size": own.vocab_size}
+    found = load(tmp_path, settings | {"decoder_start_token_id": own.start})
+    assert found.encode_source(toy.DIFFICULT) == own.encode_source(toy.DIFFICULT)
+    labels = own.encode_target(toy.DIFFICULT)
+    assert found.decode(labels) == own.decode(labels)
+    assert "🙂🙃" in found.decode(labels)[4]
 
 
 def test_without_the_library_the_extra_is_named(tmp_path, monkeypatch):
