@@ -4,7 +4,6 @@ The names of tensors, and what of Marian's options the Hugging Face model can ho
 `convert_marian_to_pytorch.py` of `transformers`.
 """
 
-import json
 import os
 import re
 import shutil
@@ -15,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from qkv_jax.interop.directory import new_directory
 from qkv_jax.interop.errors import InteropError
 from qkv_jax.interop.marian_vocabulary import read_yaml, vocabularies
+from qkv_jax.interop.pretrained import write_json
 from qkv_jax.interop.tensors import write_tensors
 
 OPTIONS = "special:model.yml"
@@ -125,18 +126,15 @@ def convert_marian(
         raise _unfit(path, problems)
     files, eos = vocabularies(directory, decoder, pad=settings["pad_token_id"])
     settings |= {"eos_token_id": eos, "forced_eos_token_id": eos}
-    out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()):
-        raise InteropError(f"{out} is not empty: choose another directory.")
     if isinstance(beams := decoder.get("beam-size"), str) and beams.isdigit():
         settings["num_beams"] = int(beams)
-    write_tensors(out, tensors)
-    for name, content in (files | {"config.json": settings}).items():
-        if isinstance(content, Path):
-            shutil.copyfile(content, out / name)
-        else:
-            text = json.dumps(content, ensure_ascii=False, indent=2)
-            (out / name).write_text(text + "\n", encoding="utf-8")
+    with new_directory(out) as building:
+        write_tensors(building, tensors)
+        for name, content in (files | {"config.json": settings}).items():
+            if isinstance(content, Path):
+                shutil.copyfile(content, building / name)
+            else:
+                write_json(building / name, content)
 
 
 def names(layers: Mapping[str, int]) -> Iterator[tuple[str, str]]:

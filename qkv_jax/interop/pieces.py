@@ -1,6 +1,7 @@
 """Text to ids and back: the two libraries behind published tokenisers, and their files."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,6 +45,14 @@ class Files:
 
     def __contains__(self, name: str) -> bool:
         return name in self.content
+
+    def write(self, directory: Path) -> None:
+        """Writes them into a directory, byte for byte."""
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in self.content.items():
+            temporary = directory / f"{name}.tmp"
+            temporary.write_bytes(content)
+            os.replace(temporary, directory / name)
 
     def missing(self, *names: str) -> InteropError:
         """The error to raise where none of some files is there."""

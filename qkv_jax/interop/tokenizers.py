@@ -57,7 +57,7 @@ class PretrainedTokenizer:
     _target: Pieces = field(repr=False)
     _prepare: Callable[[str], tuple[list[int], str]] = field(repr=False)
     _tidy: Callable[[str], str] = field(repr=False)
-    _files: Mapping[str, bytes] = field(repr=False)
+    _files: Files = field(repr=False)
 
     def encode_source(self, sentences: Sequence[str]) -> list[list[int]]:
         """The ids that the encoder takes: language, pieces and ending.
@@ -93,12 +93,7 @@ class PretrainedTokenizer:
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the files that it was loaded from, byte for byte."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, content in self._files.items():
-            temporary = directory / f"{name}.tmp"
-            temporary.write_bytes(content)
-            os.replace(temporary, directory / name)
+        self._files.write(Path(directory))
 
     def _text(self, sequence: Sequence[int]) -> list[int]:
         ids = [int(index) for index in sequence]
@@ -169,7 +164,7 @@ def load_tokenizer(
         _target=vocabulary.target,
         _prepare=_preparation(vocabulary, target_language, source_prefix),
         _tidy=_tidier(files, vocabulary),
-        _files=files.content,
+        _files=files,
     )
 
 
