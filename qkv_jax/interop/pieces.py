@@ -1,5 +1,6 @@
 """Text to ids and back: the two libraries behind published tokenisers, and their files."""
 
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -79,15 +80,19 @@ class Files:
             raise self._damaged(name, "no pieces with ids")
         return content
 
+    @functools.cached_property
     def added(self) -> dict[str, int]:
         """Tokens that were put beside a vocabulary, with their ids."""
-        added = {
-            token: index for token, index in self.json("added_tokens.json").items()
-        }
+        added = dict(self.json("added_tokens.json"))
         listed = self.json("tokenizer_config.json").get("added_tokens_decoder", {})
-        added |= {token["content"]: int(index) for index, token in listed.items()}
-        for token in self.json("tokenizer.json").get("added_tokens", []):
-            added[token["content"]] = token["id"]
+        try:
+            added |= {token["content"]: int(index) for index, token in listed.items()}
+            for token in self.json("tokenizer.json").get("added_tokens", []):
+                added[token["content"]] = int(token["id"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise self._damaged(
+                "tokenizer_config.json or tokenizer.json", error
+            ) from None
         return added
 
     def sentencepiece(self, name: str) -> sentencepiece.SentencePieceProcessor:

@@ -121,7 +121,7 @@ def mbart(files: Files, settings: Mapping[str, Any]) -> Vocabulary:
     config = files.json("tokenizer_config.json")
     name = str(config.get("tokenizer_class") or settings.get("tokenizer_class"))
     listed = files.json("special_tokens_map.json").get("additional_special_tokens", [])
-    if name.startswith("MBart50") or MBART50[-1] in [*listed, *files.added()]:
+    if name.startswith("MBart50") or MBART50[-1] in [*listed, *files.added]:
         return _fairseq(files, MBART50, BEFORE)
     return _fairseq(files, MBART, Layout(after=(EOS, SOURCE), start=TARGET))
 
@@ -144,11 +144,12 @@ def t5(files: Files, settings: Mapping[str, Any]) -> Vocabulary:
         if "tokenizer.json" not in files:
             raise files.missing("spiece.model", "tokenizer.json")
         fast = fast_pieces(files)
-        sentinels = [i for x, i in files.added().items() if x.startswith("<extra_id_")]
+        sentinels = [i for x, i in files.added.items() if x.startswith("<extra_id_")]
         return Vocabulary(fast, fast, Layout(start="<pad>"), silent=sentinels)
     processor = files.sentencepiece("spiece.model")
     ordinary, special = _plain(processor)
-    count = files.json("tokenizer_config.json").get("extra_ids", 100)
+    count = files.json("tokenizer_config.json").get("extra_ids")
+    count = 100 if count is None else count
     first = processor.get_piece_size()
     extra = {f"<extra_id_{count - 1 - i}>": first + i for i in range(count)}
     pieces = SentencePieces(processor, ordinary, special | extra, processor.unk_id())
@@ -199,7 +200,7 @@ def _fairseq(files: Files, codes: Sequence[str], layout: Layout) -> Vocabulary:
     first = processor.get_piece_size() + 1
     languages = {x: first + i for i, x in enumerate(codes)} | _added(files, code)
     special = FAIRSEQ | languages
-    special |= {"<mask>": files.added().get("<mask>", first + len(codes))}
+    special |= {"<mask>": files.added.get("<mask>", first + len(codes))}
     pieces = SentencePieces(processor, ordinary, special, FAIRSEQ["<unk>"])
     return Vocabulary(pieces, pieces, layout, languages)
 
@@ -218,5 +219,5 @@ def _plain(
 
 def _added(files: Files, pattern: str) -> dict[str, int]:
     """Languages among the tokens that were put beside a vocabulary."""
-    found = {x: re.fullmatch(pattern, x) for x in files.added()}
-    return {m[1]: files.added()[x] for x, m in found.items() if m}
+    found = {x: re.fullmatch(pattern, x) for x in files.added}
+    return {m[1]: files.added[x] for x, m in found.items() if m}

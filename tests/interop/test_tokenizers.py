@@ -176,6 +176,12 @@ def test_files_that_are_missing_or_damaged_are_named(tmp_path):
         load(tmp_path, {"model_type": "t5"})
     with pytest.raises(InteropError, match="known of marian, .* is of 'gpt2'"):
         load(tmp_path, {"model_type": "gpt2"})
+    settings = toy.nllb(tmp_path)
+    toy.write_json(
+        tmp_path / "tokenizer_config.json", {"added_tokens_decoder": {"3": 1}}
+    )
+    with pytest.raises(InteropError, match="tokenizer_config.json .* is damaged"):
+        load(tmp_path, settings, "eng_Latn", "deu_Latn")
     settings = toy.marian(tmp_path)
     (tmp_path / "target.spm").write_bytes(b"not a model")
     with pytest.raises(InteropError, match="target.spm is damaged"):
