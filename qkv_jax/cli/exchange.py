@@ -19,11 +19,13 @@ class Import:
     Attributes:
         model: directory of a Hugging Face model or of the Marian toolkit (.npz), or a hub name.
         out: new directory.
+        revision: branch, tag or commit on the hub.
         ignore: keys of its config.json that are known not to change what is computed.
     """
 
     model: tyro.conf.Positional[str]
     out: tyro.conf.Positional[Path]
+    revision: str | None = None
     ignore: tuple[str, ...] = ()
 
 
@@ -58,13 +60,15 @@ class Export:
 
 def import_model(arguments: list[str]) -> None:
     options = parse("import", Import, arguments)
-    from qkv_jax.translation import exchange
+    import jax
 
-    found = exchange.import_model(options.model, options.out, ignore=options.ignore)
-    print(
-        f"{found.family}: {found.parameters:,} parameters of {found.tensors} tensors, tokeniser "
-        f"{', '.join(found.files)}"
+    from qkv_jax.interop import import_published
+
+    found = import_published(
+        options.model, options.out, revision=options.revision, ignore=options.ignore
     )
+    count = sum(leaf.size for leaf in jax.tree.leaves(found.params))
+    print(f"{found.family}: {count:,} parameters, {len(found.dtypes)} tensors")
     print(f'try: {PROGRAM} translate {options.out} "..."')
 
 

@@ -1,84 +1,27 @@
-"""Published models in, and models out for other software."""
+"""Models out, for other software."""
 
 import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import jax
+from typing import Any, Literal
 
 from qkv_jax.interop import (
     Agreement,
     InteropError,
     Trained,
     Vocabularies,
-    convert_marian,
     export_ctranslate2,
     export_huggingface,
-    fetch,
     generation_settings,
-    is_marian_npz,
-    load,
     new_directory,
     save,
-    tokenizer_files,
     verify,
 )
 from qkv_jax.translation.config import LanguageConfig
 from qkv_jax.translation.start import NO_LANGUAGES, Checkpoint, Start, load_start
 
 Format = Literal["hf", "ctranslate2"]
-
-
-class Imported(NamedTuple):
-    """What was imported.
-
-    Attributes:
-        family: such as "marian".
-        parameters: numbers.
-        tensors: that the checkpoint holds.
-        files: of the tokeniser.
-    """
-
-    family: str
-    parameters: int
-    tensors: int
-    files: tuple[str, ...]
-
-
-def import_model(name: str, out: str | Path, *, ignore: Sequence[str] = ()) -> Imported:
-    """Checks a published model, and writes it as a directory that every command takes.
-
-    The directory is that of a Hugging Face model, with safetensors, whatever it came from.
-
-    Args:
-        name: directory of a Hugging Face model or of the Marian toolkit, or a name on the hub.
-        out: a new or empty directory.
-        ignore: keys of config.json that are known not to change what is computed.
-
-    Raises:
-        InteropError: anything of it is missing, unknown or does not fit; nothing is written.
-    """
-    directory = fetch(name)
-    with tempfile.TemporaryDirectory() as temporary:
-        if is_marian_npz(directory):
-            convert_marian(directory, Path(temporary) / "model")
-            directory = Path(temporary) / "model"
-        pretrained = load(directory, ignore=ignore)
-        files = tokenizer_files(
-            directory, family=pretrained.family, settings=pretrained.settings
-        )
-        with new_directory(out) as building:
-            save(pretrained, building)
-            for file, content in files.items():
-                (building / file).write_bytes(content)
-    return Imported(
-        pretrained.family,
-        sum(leaf.size for leaf in jax.tree.leaves(pretrained.params)),
-        len(pretrained.dtypes),
-        tuple(sorted(files)),
-    )
 
 
 def export_model(
