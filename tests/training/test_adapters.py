@@ -98,7 +98,7 @@ def test_frozen_parameters_keep_their_bits_and_cost_no_moments(name):
     toy.assert_same_bits(after["embed"], before["embed"])
     toy.assert_same_bits(after["head"]["bias"], before["head"]["bias"])
     assert not np.isclose(after["head"]["kernel"], before["head"]["kernel"]).any()
-    moments = [x.shape for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    moments = [x.shape for x in jax.tree.leaves(state.opt_state) if x.ndim > 1]
     assert moments and set(moments) == {before["head"]["kernel"].shape}
 
 
@@ -153,7 +153,8 @@ def test_the_gradient_of_b_is_that_of_the_kernel_seen_through_a():
     np.testing.assert_allclose(
         adapter.lora_b, -3.0 * np.asarray(first.lora_a).T @ kernel, rtol=1e-4, atol=1e-6
     )
-    np.testing.assert_array_equal(adapter.lora_a, first.lora_a)  # as B was 0
+    # As B was 0, A had no gradient.
+    np.testing.assert_allclose(adapter.lora_a, first.lora_a, rtol=1e-6)
 
 
 def test_kernels_of_three_axes_are_matrices_from_inputs_to_outputs():
@@ -200,8 +201,9 @@ def test_dropout_of_adapters_drops_inputs_and_scales_the_others():
         np.testing.assert_allclose(
             rows, rows[:, :1] * np.ones(11), rtol=1e-2, atol=1e-3
         )
-        ratios += list(rows[:, 0].round(2))
-    assert {0.0, 1.67} == set(ratios)
+        ratios += list(rows[:, 0])
+    near = np.isclose(np.array(ratios)[:, None], [0, 1 / 0.6], atol=0.01)
+    assert near.any(axis=1).all() and near.any(axis=0).all()
     assert np.mean(ratios) == pytest.approx(1.0, abs=0.15)
 
 
@@ -237,7 +239,10 @@ def test_a_mesh_changes_nothing(sizes, finetune):
     planned = abstract_state(
         net_params, options["optimizer"], mesh=mesh, finetune=finetune
     )
-    jax.tree.map(lambda x, y: x.sharding == y.sharding or pytest.fail(), found, planned)
+    places = jax.tree.map(
+        lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim), found, planned
+    )
+    assert all(jax.tree.leaves(places))
 
 
 def test_parameters_in_host_memory_are_placed_and_stay_as_they_were():
