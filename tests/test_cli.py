@@ -398,7 +398,7 @@ def test_a_file_cut_short_is_named_and_nothing_is_changed(
     [
         ("translate RUN one --n-best 3 --beams 2", "--n-best 3 needs --beams of at"),
         ("translate RUN one --n-best 0", "--n-best must be at least 1; got 0"),
-        ("translate RUN one --beams 0", "--beams must be at least 1; got 0"),
+        ("translate RUN one --beams 0", "--beams must be positive; got 0"),
         ("translate RUN one --alpha nan", "--alpha must be finite; got nan"),
         ("translate RUN one --nbest 2", "--nbest: did you mean --n-best?"),
         ("translate RUN one --input a.txt", "as arguments or by --input, not both"),

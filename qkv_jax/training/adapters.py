@@ -36,7 +36,7 @@ class LoraConfig:
     """Low-rank adapters: each chosen kernel W acts as W + alpha / rank * A B; W is constant.
 
     Attributes:
-        rank: r, columns of A and rows of B.
+        rank: r, columns of A and rows of B; None: no adapters.
         alpha: the adapters' weight, over rank.
         dropout: of the inputs of the adapters. One draw of features for all tokens of a
             microbatch, where the paper's code draws for each token.
@@ -46,13 +46,13 @@ class LoraConfig:
     Source: Hu et al. 2021, arXiv 2106.09685, equation 3 and section 4.2.
     """
 
-    rank: int = 8
+    rank: int | None = None
     alpha: float = 16.0
     dropout: float = 0.0
     kernels: tuple[str, ...] = ("*.query.kernel", "*.value.kernel")
 
     def __post_init__(self):
-        if self.rank < 1:
+        if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank must be at least 1; got {self.rank}.")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha must be positive; got {self.alpha}.")
@@ -72,15 +72,15 @@ class FinetuneConfig:
 
     Attributes:
         freeze: parameters that stay as they are: "encoder.*", "*embedding*", "decoder.0.*".
-        lora: adapters, which are then all that is trained; None: none.
+        lora: adapters, which are then all that is trained.
     """
 
     freeze: tuple[str, ...] = ()
-    lora: LoraConfig | None = None
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
     def __post_init__(self):
         _check_patterns("freeze", self.freeze)
-        if self.freeze and self.lora is not None:
+        if self.freeze and self.lora.rank is not None:
             raise ValueError(
                 "lora leaves every parameter of the model as it is, so freeze must be empty; "
                 f"got {self.freeze}."
@@ -89,7 +89,7 @@ class FinetuneConfig:
     @property
     def whole(self) -> bool:
         """Whether everything is trained."""
-        return not self.freeze and self.lora is None
+        return not self.freeze and self.lora.rank is None
 
 
 @jax.tree_util.register_dataclass
@@ -147,7 +147,8 @@ def split_params(
     if finetune is None or finetune.whole:
         return params, None
     names = _names(params)
-    if finetune.lora is None:
+    lora, rank = finetune.lora, finetune.lora.rank
+    if rank is None:
         frozen = _matching("freeze", finetune.freeze, names)
         if frozen >= set(names):
             raise ValueError(
@@ -156,14 +157,13 @@ def split_params(
             )
         trained = _map(lambda name, x: None if name in frozen else x, params)
         return trained, _map(lambda name, x: x if name in frozen else None, params)
-    lora = finetune.lora
     adapted = _matching("lora.kernels", lora.kernels, names)
     rng = jax.random.key(seed, impl="threefry2x32")
 
     def adapt(name: str, kernel: Any) -> Adapter | None:
         if name not in adapted:
             return None
-        return _adapter(name, kernel, lora.rank, _fold(rng, name))
+        return _adapter(name, kernel, rank, _fold(rng, name))
 
     return _map(adapt, params), params
 
@@ -196,7 +196,7 @@ def merge_params(
     lora = finetune.lora
 
     def join(name: str, there: Any, other: Any) -> Any:
-        if lora is None or not isinstance(other, Adapter):
+        if not isinstance(other, Adapter):
             return other if there is None else there
         drawn = None if rng is None else _fold(rng, name)
         return _merged(there, other, lora, drawn)
@@ -222,7 +222,8 @@ def _merged(kernel: Any, adapter: Adapter, lora: LoraConfig, rng: Array | None) 
     a = a * dropout(jnp.ones((*a.shape[:-1], 1), a.dtype), lora.dropout, rng)
     # As exact as float32 is, also on devices that would round to bfloat16.
     change = jnp.tensordot(a, b, axes=1, precision=jax.lax.Precision.HIGHEST)
-    return jax.tree.map(lambda w: w + lora.alpha / lora.rank * change, kernel)
+    scale = lora.alpha / b.shape[0]
+    return jax.tree.map(lambda w: w + scale * change, kernel)
 
 
 def _adapter(name: str, kernel: Any, rank: int, rng: Array) -> Adapter:

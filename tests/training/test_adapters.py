@@ -350,9 +350,12 @@ def test_counts_are_shown_as_a_share():
         ),
         ({"freeze": ("haed.*",)}, r"near it: 'head\.\*'"),
         ({"freeze": ("embed", "head.*")}, "leaves none of the 3 parameters to train"),
-        ({"lora": LoraConfig()}, r"lora.kernels .*'\*.query.kernel', which matches no"),
         (
-            {"lora": LoraConfig(kernels=("head.*",))},
+            {"lora": LoraConfig(rank=8)},
+            r"lora.kernels .*'\*.query.kernel', which matches no",
+        ),
+        (
+            {"lora": LoraConfig(rank=2, kernels=("head.*",))},
             r"'head.bias' of shape \(11,\), which is no matrix",
         ),
         (
@@ -375,10 +378,10 @@ def test_what_does_not_fit_the_model_is_an_error_before_any_step(options, messag
         (lambda: LoraConfig(rank=0), "rank must be at least 1"),
         (lambda: LoraConfig(alpha=0.0), "alpha must be positive"),
         (lambda: LoraConfig(dropout=1.0), "dropout must be in"),
-        (lambda: LoraConfig(kernels=()), "kernels must have at least one"),
+        (lambda: LoraConfig(rank=2, kernels=()), "kernels must have at least one"),
         (lambda: FinetuneConfig(freeze="encoder.*"), "must be a tuple of patterns"),
         (
-            lambda: FinetuneConfig(freeze=("a",), lora=LoraConfig()),
+            lambda: FinetuneConfig(freeze=("a",), lora=LoraConfig(rank=8)),
             "freeze must be empty",
         ),
     ],
