@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from qkv_jax.decoding import truncation
 from qkv_jax.decoding.constraints import Constraints
-from qkv_jax.decoding.greedy import first_argmax
 from qkv_jax.decoding.hypotheses import Hypotheses
 from qkv_jax.decoding.length_penalty import PER_TOKEN
 from qkv_jax.decoding.rollout import Choose, roll_out
@@ -119,7 +118,9 @@ def _drawer(rng: jax.Array, row_ids: jax.Array, samples: int) -> Choose:
         def noise(rng: jax.Array) -> jax.Array:
             return jax.random.gumbel(fold(rng, length), logits.shape[2:])
 
-        return first_argmax(logits + jax.vmap(jax.vmap(noise))(rngs), length)
+        noisy = logits + jax.vmap(jax.vmap(noise))(rngs)
+        # Unlike `first_argmax`, this never compares a sum with the same sum rounded otherwise.
+        return jnp.argmax(noisy, axis=-1).astype(jnp.int32)
 
     return draw
 

@@ -51,19 +51,24 @@ def _keep_least(
     """Keeps tokens of the least |order| whose weights sum to at least `mass`; ties stay together.
 
     The threshold is found by bisection over the bits of its float32, exactly, in 31 sums: on CPU
-    a fraction of what a sort of the vocabulary takes.
+    a fraction of what a sort of the vocabulary takes. What is kept is decided within the loop:
+    compared again after it, the numbers are computed anew by XLA, with other rounding, and the
+    token at the threshold would be lost.
     """
     bits = lax.bitcast_convert_type(jnp.abs(order), jnp.int32)
+    State = tuple[jax.Array, jax.Array, jax.Array]
 
-    def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = ends
+    def halve(_: int, state: State) -> State:
+        low, high, kept = state
         middle = low + (high - low) // 2
-        held = jnp.where(bits <= middle, weights, 0.0).sum(axis=-1, keepdims=True)
+        within = bits <= middle
+        held = jnp.where(within, weights, 0.0).sum(axis=-1, keepdims=True)
         enough = held >= mass
-        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+        low, high = jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+        return low, high, jnp.where(enough, within, kept)
 
     shape = (*bits.shape[:-1], 1)
     infinity = lax.bitcast_convert_type(jnp.float32(jnp.inf), jnp.int32)
     ends = jnp.full(shape, -1, jnp.int32), jnp.full(shape, infinity, jnp.int32)
-    _, threshold = lax.fori_loop(0, 31, halve, ends)
-    return jnp.where(bits <= threshold, logits, -jnp.inf)
+    *_, kept = lax.fori_loop(0, 31, halve, (*ends, jnp.ones(bits.shape, bool)))
+    return jnp.where(kept, logits, -jnp.inf)

@@ -79,3 +79,17 @@ def test_one_certain_token_stays(name):
     logits[0, 0, 4] = 50.0
     found = np.asarray(getattr(truncation, name)(jnp.asarray(logits), 0.5))
     assert np.flatnonzero(found[0, 0] > -np.inf).tolist() == [4]
+
+
+@pytest.mark.parametrize("name", ["top_p", "typical"])
+def test_the_token_at_the_threshold_stays_under_jit(name):
+    # XLA once rounded the numbers of the loop and of the last comparison differently.
+    rng = np.random.default_rng(3)
+    rows = 2.0 * rng.normal(size=(300, 1, 23)).astype(np.float32)
+
+    def kept(rows):
+        return getattr(truncation, name)(rows / 1.5, 0.9) > -jnp.inf
+
+    np.testing.assert_array_equal(jax.jit(kept)(rows), kept(rows))
+    probs = _softmax(rows / 1.5)
+    assert ((probs * jax.jit(kept)(rows)).sum(axis=-1) > 0.9 - 1e-5).all()
