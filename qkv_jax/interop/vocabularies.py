@@ -160,6 +160,7 @@ def t5(files: Files, settings: Mapping[str, Any]) -> Vocabulary:
 
 BUILDERS: dict[str, Callable[[Files, Mapping[str, Any]], Vocabulary]] = {
     "marian": marian,
+    "pegasus": marian,  # As `export_huggingface` writes it.
     "m2m_100": m2m_100,
     "bart": bart,
     "mbart": mbart,
