@@ -72,7 +72,7 @@ def forward_blocks(inputs: Inputs, plan: Plan, ranks: Any, dtype: Any) -> Softma
                 if kind == "guarded":
                     bad = bad | jnp.any(allowed & ~_finite_rows(v), axis=1)
                     v = finite(v)
-                new_top = jnp.maximum(top, s.max(axis=1))
+                new_top = jnp.maximum(top, jax.lax.stop_gradient(s).max(axis=1))
                 safe = jnp.where(new_top == -jnp.inf, 0.0, new_top)
                 p = jnp.exp(s - safe[:, None])
                 shrink = jnp.exp(top - safe)

@@ -3,7 +3,6 @@
 The loops are those of block_loops.py. Axes: see reference.py.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from qkv_jax.ops import masks
 from qkv_jax.ops.axes import vary
 from qkv_jax.ops.block_loops import backward_blocks, block_ranks, forward_blocks
+from qkv_jax.ops.derivatives import differentiable
 from qkv_jax.ops.masks import Blocks, Mask
 from qkv_jax.ops.part_dense import backward_dense, forward_dense
 from qkv_jax.ops.parts import (
@@ -25,7 +25,6 @@ from qkv_jax.ops.parts import (
     Softmax,
     cotangents,
     filled_up,
-    logsumexp,
     rows_of,
 )
 from qkv_jax.ops.scores import Score
@@ -58,7 +57,7 @@ def blockwise_attention(
 
     Returns:
         out (B, T, N, E) in query's dtype; logsumexp (B, T, N) float32 (float64 for float64).
-        Differentiable once, in reverse.
+        Differentiable twice, in both modes; see derivatives.py.
     """
     B, T, N, _ = query.shape
     S, _, E = value.shape[1:]
@@ -160,12 +159,6 @@ def filled(
     return vary(inputs, like=inputs)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def attend(inputs: Inputs, plan: Plan) -> tuple[Array, Array]:
-    """Attention over the keys at hand and its log-sum-exp, for inputs that are filled up."""
-    return _forward(inputs, plan)[0]
-
-
 def look(inputs: Inputs, plan: Plan, ranks: Any, dtype: Any) -> Softmax:
     """Attention over the keys at hand as the plan says; see `forward_blocks`."""
     if plan.dense:
@@ -180,19 +173,15 @@ def look_back(inputs: Inputs, rows: Rows, plan: Plan, ranks: Any, dtype: Any) ->
     return backward_blocks(inputs, rows, plan, ranks, dtype)
 
 
-def _forward(inputs: Inputs, plan: Plan):
-    ranks = block_ranks(inputs, plan)
-    found = look(inputs, plan, ranks, inputs.query.dtype)
-    # Apart, for where scores are of hundreds their sum loses what the weights need.
-    return (found.out, logsumexp(found)), (inputs, found)
+def _there(inputs: Inputs, plan: Plan) -> Softmax:
+    """Attention over the keys at hand and its log-sum-exp, for inputs that are filled up."""
+    return look(inputs, plan, block_ranks(inputs, plan), inputs.query.dtype)
 
 
-def _backward(plan: Plan, saved, slopes):
-    inputs, found = saved
+def _back(inputs: Inputs, found: Softmax, slopes: Any, plan: Plan) -> list[Array]:
     rows = rows_of(found, slopes, inputs.mask is not None)
     ranks = block_ranks(inputs, plan)
-    d_query, *others = look_back(inputs, rows, plan, ranks, inputs.query.dtype)
-    return (cotangents(inputs, d_query, *others),)
+    return cotangents(inputs, *look_back(inputs, rows, plan, ranks, inputs.query.dtype))
 
 
-attend.defvjp(_forward, _backward)
+attend = differentiable(_there, _back)

@@ -30,7 +30,7 @@ def forward_dense(inputs: Inputs, plan: Plan, dtype: Any) -> Softmax:
     scores, allowed, _ = _scores(inputs, plan)
     if allowed is not None:
         scores = jnp.where(allowed, scores, -jnp.inf)
-    top = scores.max(axis=-1, keepdims=True)
+    top = jax.lax.stop_gradient(scores).max(axis=-1, keepdims=True)
     p = jnp.exp(scores - jnp.where(top == -jnp.inf, 0.0, top))
     total = p.sum(axis=-1, keepdims=True)
     total = jnp.where(total == 0.0, 1.0, total)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from qkv_jax.ops.masks import Blocks, Mask
 from qkv_jax.ops.scores import Score
@@ -163,20 +162,15 @@ def dense_slope(slope: Array, like: Array) -> Array:
 
 def cotangents(
     inputs: Inputs, d_query: Array, d_key: Array, d_value: Array, slopes: Score | None
-) -> Inputs:
-    """The slopes in the form and the dtypes of the inputs."""
-
-    def of(slope: Array, like: Array) -> Any:
-        if jnp.issubdtype(like.dtype, jnp.floating):
-            return slope.astype(like.dtype)
-        return np.zeros(like.shape, jax.dtypes.float0)
-
-    pairs = zip((d_query, d_key, d_value), inputs[:3])
-    d_query, d_key, d_value = (x.astype(y.dtype) for x, y in pairs)
-    score = inputs.score
-    d_score = None if score is None else jax.tree.map(of, slopes, score)
-    nothing: Any = None
-    return Inputs(d_query, d_key, d_value, nothing, d_score, nothing, nothing)
+) -> list[Array]:
+    """The slopes of query, key, value and the floating arrays of the score, in their dtypes."""
+    found = jax.tree.leaves((d_query, d_key, d_value, slopes))
+    arrays = jax.tree.leaves((*inputs[:3], inputs.score))
+    return [
+        slope.astype(array.dtype)
+        for slope, array in zip(found, arrays)
+        if jnp.issubdtype(array.dtype, jnp.floating)
+    ]
 
 
 def filled_up(x: Array, length: int) -> Array:

@@ -6,7 +6,6 @@ reverse the keys go round once more. Within `jax.shard_map` only; see context_pa
 Source: Liu et al. 2023, arXiv 2310.01889.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -15,12 +14,12 @@ import jax.numpy as jnp
 from qkv_jax.ops import blockwise
 from qkv_jax.ops.axes import vary
 from qkv_jax.ops.block_loops import block_ranks
+from qkv_jax.ops.derivatives import differentiable
 from qkv_jax.ops.parts import (
     Inputs,
     Plan,
     Softmax,
     cotangents,
-    logsumexp,
     merged,
     rows_of,
     zero_slopes,
@@ -29,9 +28,8 @@ from qkv_jax.ops.parts import (
 Array = jax.Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def ring(inputs: Inputs, plan: Plan, axis: str, devices: int) -> tuple[Array, Array]:
-    """Attention of the queries here to the keys that go round, once, and its log-sum-exp.
+def _there(inputs: Inputs, plan: Plan, axis: str, devices: int) -> Softmax:
+    """Attention of the queries here to the keys that go round, once.
 
     Args:
         inputs: filled up; their part says which blocks of queries and of keys are here at first.
@@ -39,10 +37,6 @@ def ring(inputs: Inputs, plan: Plan, axis: str, devices: int) -> tuple[Array, Ar
         axis: the mesh axis that is the ring.
         devices: along it.
     """
-    return _forward(inputs, plan, axis, devices)[0]
-
-
-def _forward(inputs: Inputs, plan: Plan, axis: str, devices: int):
     B, T, N, _ = inputs.query.shape
     wide = jnp.promote_types(inputs.query.dtype, jnp.float32)
     ranks = block_ranks(inputs, plan)
@@ -62,13 +56,13 @@ def _forward(inputs: Inputs, plan: Plan, axis: str, devices: int):
     nothing = vary(Softmax(out, line, jnp.ones_like(line)), inputs)
     carry = (nothing, _joined(*inputs[1:3]), inputs.part.keys)
     (found, *_), _ = jax.lax.scan(hop, carry, length=devices)
-    found = found._replace(out=found.out.astype(inputs.query.dtype))
-    return (found.out, logsumexp(found)), (inputs, found)
+    return found._replace(out=found.out.astype(inputs.query.dtype))
 
 
-def _backward(plan: Plan, axis: str, devices: int, saved, slopes):
+def _back(
+    inputs: Inputs, found: Softmax, slopes: Any, plan: Plan, axis: str, devices: int
+) -> list[Array]:
     """The keys go round once more, and take along the sums of their slopes."""
-    inputs, found = saved
     wide = found.top.dtype
     ranks = block_ranks(inputs, plan)
     rows = vary(rows_of(found, slopes, inputs.mask is not None), inputs)
@@ -95,10 +89,11 @@ def _backward(plan: Plan, axis: str, devices: int, saved, slopes):
     carry: Any = (*zeros, keys, inputs.part.keys)
     (d_query, d_score, d_keys, *_), _ = jax.lax.scan(hop, carry, length=devices)
     d_key, d_value = _parted(d_keys, inputs)
-    return (cotangents(inputs, d_query, d_key, d_value, d_score),)
+    return cotangents(inputs, d_query, d_key, d_value, d_score)
 
 
-ring.defvjp(_forward, _backward)
+# (inputs, plan, axis, devices) -> the output and the log-sum-exp, as `_there` says.
+ring = differentiable(_there, _back)
 
 
 def _joined(key: Array, value: Array) -> Array:
