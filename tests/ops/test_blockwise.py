@@ -202,11 +202,43 @@ def test_no_array_has_the_elements_of_the_matrix(mask):
     assert len(sizes) > 50  # the walk did look into the loops
 
 
+LONG = (1, 1, 49_152, 245_760)
+
+
 def test_block_states_of_a_long_sequence_are_small():
-    grid = Blocks((1, 1, 49_152, 245_760), (256, 256))
+    grid = Blocks(LONG, (256, 256))
     some, every = (masks.causal(196_608) & masks.window(4096, 0)).blocks(grid)
     assert some.nbytes + every.nbytes < 1_000_000
     assert isinstance(some, np.ndarray) and 0 < some.sum() < 192 * 20
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda: masks.causal(196_608) & masks.window(4096, 0),
+        lambda: masks.lengths(key=ints(200_000)),
+        lambda: masks.segments(
+            np.arange(49_152)[None] // 3000, np.arange(245_760)[None] // 15_000
+        ),
+        lambda: masks.predicate(lambda b, h, q, k: (q + k) % 3 == 0),
+    ],
+    ids=["static", "lengths", "documents", "predicate"],
+)
+def test_all_that_a_mask_of_a_long_sequence_takes_is_under_ten_megabytes(mask):
+    mask = mask()
+    plan = Plan(LONG, blockwise.choose_blocks(mask, LONG), 1.0, 0.0)
+    arrays = [jnp.zeros((1, n, 1, 1)) for n in (LONG[2], LONG[3], LONG[3])]
+
+    @jax.jit
+    def lists(arrays, mask):
+        inputs = blockwise.filled(*arrays, mask, None, None, plan)
+        ranks = block_loops.block_ranks(inputs, plan)
+        return block_loops._lists(ranks, *inputs[:3])
+
+    compiled = lists.lower(arrays, mask).compile()
+    sizes = compiled.memory_analysis()
+    assert sizes.output_size_in_bytes + sizes.temp_size_in_bytes < 10_000_000
+    assert compiled(arrays, mask).order.shape[2] >= 96
 
 
 def test_long_sequences_choose_blocks_and_short_ones_the_dense_form():
@@ -221,16 +253,6 @@ def test_long_sequences_choose_blocks_and_short_ones_the_dense_form():
     assert forced.implementation == "reference"
     assert forced.reasons["reference"] == "asked for by name"
     assert list(forced.reasons) == ["reference", "blockwise", "cudnn", "tokamax"]
-
-
-def test_forward_mode_over_blocks_is_refused():
-    arrays = [jnp.asarray(x) for x in qkv()]
-
-    def run(query):
-        return dot_product_attention(query, *arrays[1:], implementation="blockwise")
-
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(run, (arrays[0],), (arrays[0],))
 
 
 def test_grouped_heads_of_other_sizes_in_bfloat16_equal_the_reference(blocks_of_three):

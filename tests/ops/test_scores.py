@@ -30,6 +30,7 @@ LEARNED = {
         np.array(2.2),
     ),
     "soft cap": (scores.soft_cap, np.array(1.3)),
+    "soft cap, one a head": (scores.soft_cap, np.array([0.4, 1.3, 0.8, 5.0])),
 }
 
 
