@@ -116,15 +116,14 @@ class Loops:
         self, x: Arrays, rest: Arrays, found: Arrays, w: Arrays, dots: Any
     ) -> list[Array]:
         """C x' + J^T w', dots being x', found' = J x', and w'."""
-        d_x, (d_out, d_residual, *_), d_w = dots
+        d_x, (d_out, _, d_top, d_total), d_w = dots
         out, _, top, total = found
-        # The maxima stay, whatever the scores; so the sums follow from the log-sum-exp.
-        d_found = Softmax(d_out, jnp.zeros_like(top), total * d_residual[..., None])
 
         def run(x: Arrays, found: Softmax, w: Arrays) -> list[Array]:
             return self.look_back(x, rest, found, w)
 
         at = list(x), Softmax(out, top, total), list(w)
+        d_found = Softmax(d_out, d_top, d_total)
         return jax.jvp(run, at, (list(d_x), d_found, list(d_w)))[1]
 
 
@@ -137,8 +136,7 @@ def _look(loops: Loops, x: Arrays, rest: Arrays) -> list[Array]:
 def _look_jvp(loops: Loops, primals: Any, tangents: Any):
     x, rest = primals
     found = _look(loops, x, rest)
-    dots = _linear(Tangent(loops), rest, [*x, *found], tangents[0])
-    return found, [*dots, *map(jnp.zeros_like, found[2:])]
+    return found, _dots(found, _linear(Tangent(loops), rest, [*x, *found], tangents[0]))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -202,7 +200,7 @@ class Tangent:
         """u -> C_u t, J^T u, at (x, found, t)."""
         x, found, t = _parts(self.loops, at)
         d_found = _linear(self, rest, [*x, *found], t)
-        dots = [*t, *d_found, *_zeros(found[2:]), *_zeros(u)]
+        dots = [*t, *_dots(found, d_found), *_zeros(u)]
         d_x = _linear(Curve(self.loops), rest, [*x, *found, *u], dots)
         return [*d_x, *_zeros(found), *self.transposed(rest, at, u)]
 
@@ -224,7 +222,7 @@ class Curve:
     def transposed(self, rest: Arrays, at: Arrays, c: Arrays) -> list[Array]:
         x, found, w = _parts(self.loops, at)
         d_w = _linear(Tangent(self.loops), rest, [*x, *found], c)
-        dots = [*c, *d_w, *_zeros(found[2:]), *_zeros(w)]
+        dots = [*c, *_dots(found, d_w), *_zeros(w)]
         # What it would get by way of what was found is in C c already.
         return [*_linear(self, rest, at, dots), *_zeros(found), *d_w]
 
@@ -265,6 +263,15 @@ def _parts(
     """x, found, and what else there is."""
     n = sum(loops.moves)
     return list(arrays[:n]), list(arrays[n : n + 4]), list(arrays[n + 4 :])
+
+
+def _dots(found: Arrays, results: Arrays) -> list[Array]:
+    """found', from that of the output and of the log-sum-exp.
+
+    The maxima stay, whatever the scores; so the sums follow from the log-sum-exp.
+    """
+    _, _, top, total = found
+    return [*results, jnp.zeros_like(top), total * results[1][..., None]]
 
 
 def _zeros(arrays: Arrays) -> list[Array]:

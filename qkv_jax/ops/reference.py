@@ -8,6 +8,8 @@ float64 inputs). A row that may attend to nothing gives exactly 0 and log-sum-ex
 inf in a key or value reaches just the rows that may attend to it, in values and gradients.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -61,15 +63,11 @@ def masked_logits(
         logits (B, N, T, S), float32 at least, NaN for keys that are not finite, not masked yet;
         what the mask admits, bool that broadcasts to them, or None.
     """
-    B, T, N, H = query.shape
-    S, K = key.shape[1:3]
+    B, T, N, _ = query.shape
+    S = key.shape[1]
     dtype = jnp.promote_types(query.dtype, jnp.float32)
-    logits = jnp.einsum(
-        "BTKGH,BSKH->BKGTS",
-        query.reshape(B, T, K, N // K, H),
-        key if mask is None else finite(key),
-        preferred_element_type=dtype,
-    ).reshape(B, N, T, S) * jnp.asarray(scale, dtype)
+    logits = _products(query, key if mask is None else finite(key))
+    logits = logits * jnp.asarray(scale, dtype)
     if mask is not None:
         logits = jnp.where(nonfinite_keys(key, N), jnp.nan, logits)
     if score is not None:
@@ -108,19 +106,40 @@ def weighted_sum(weights: Array, value: Array, allowed: Array | None) -> Array:
 
     A value that is not finite makes those rows NaN that are allowed to see it, and no others.
     """
-    B, N, T, S = weights.shape
-    K, E = value.shape[2:]
-    out = jnp.einsum(
-        "BKGTS,BSKE->BTKGE",
-        weights.reshape(B, K, N // K, T, S).astype(value.dtype),
-        value if allowed is None else finite(value),
-        preferred_element_type=weights.dtype,
-    ).reshape(B, T, N, E)
+    B, N, T, _ = weights.shape
+    out = _averages(weights, value if allowed is None else finite(value))
     if allowed is None:
         return out
     bad = jnp.any(allowed & nonfinite_keys(value, N), axis=-1)
     bad = jnp.broadcast_to(bad, (B, N, T)).swapaxes(1, 2)
     return jnp.where(bad[..., None], jnp.nan, out)
+
+
+def _products(query: Array, key: Array) -> Array:
+    """(B, T, N, H) with (B, S, K, H): (B, N, T, S), float32 at least.
+
+    Heads are put before the lengths, and groups of one head have no axis, for speed on a CPU.
+    """
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    product = functools.partial(jnp.einsum, preferred_element_type=dtype)
+    (B, T, N, H), (S, K) = query.shape, key.shape[1:3]
+    query, key = query.swapaxes(1, 2), key.swapaxes(1, 2)
+    if K == N:
+        return product("BNTH,BNSH->BNTS", query, key)
+    query = query.reshape(B, K, N // K, T, H)
+    return product("BKGTH,BKSH->BKGTS", query, key).reshape(B, N, T, S)
+
+
+def _averages(weights: Array, value: Array) -> Array:
+    """(B, N, T, S) with (B, S, K, E): (B, T, N, E), in the dtype of weights."""
+    product = functools.partial(jnp.einsum, preferred_element_type=weights.dtype)
+    (B, N, T, S), (K, E) = weights.shape, value.shape[2:]
+    weights, value = weights.astype(value.dtype), value.swapaxes(1, 2)
+    if K == N:
+        return product("BNTS,BNSE->BNTE", weights, value).swapaxes(1, 2)
+    weights = weights.reshape(B, K, N // K, T, S)
+    out = product("BKGTS,BKSE->BKGTE", weights, value)
+    return out.reshape(B, N, T, E).swapaxes(1, 2)
 
 
 def _normalise(logits: Array, allowed: Array | None) -> tuple[Array, Array]:
