@@ -74,6 +74,9 @@ def dot_product_attention(
 ) -> Array | tuple[Array, Array]:
     """Softmax(query key^T * scale) value, with any mask and any rule on the scores.
 
+    "reference" is differentiable to any order, "blockwise" in forward mode to any, too, and at most
+    twice in reverse; the others as their kernels are.
+
     Args:
         query: (B, T, N, H) floating.
         key: (B, S, K, H), dtype of query; K divides N, each key head serves N // K query heads.

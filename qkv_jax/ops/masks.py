@@ -128,50 +128,48 @@ def index_arrays(shape: tuple[int, ...]) -> tuple[Array, Array, Array, Array]:
     )
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class And(Mask):
+class Joined(Mask):
+    """Two masks, asked alike, their answers joined by `join`."""
+
     left: Mask
     right: Mask
 
+    @staticmethod
+    def join(one: Any, other: Any) -> Any:
+        raise NotImplementedError
+
     def allowed(self, b, h, q, k):
-        return self.left.allowed(b, h, q, k) & self.right.allowed(b, h, q, k)
+        return self.join(self.left.allowed(b, h, q, k), self.right.allowed(b, h, q, k))
 
     def materialise(self, shape):
-        return self.left.materialise(shape) & self.right.materialise(shape)
+        return self.join(self.left.materialise(shape), self.right.materialise(shape))
 
     def tile(self, tile):
-        return self.left.tile(tile) & self.right.tile(tile)
+        return self.join(self.left.tile(tile), self.right.tile(tile))
 
     def fill(self, grid):
-        return And(left=self.left.fill(grid), right=self.right.fill(grid))
+        return type(self)(left=self.left.fill(grid), right=self.right.fill(grid))
 
     def blocks(self, grid):
         pairs = zip(self.left.blocks(grid), self.right.blocks(grid))
-        return tuple(left & right for left, right in pairs)
+        return tuple(self.join(left, right) for left, right in pairs)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class Or(Mask):
-    left: Mask
-    right: Mask
+class And(Joined):
+    @staticmethod
+    def join(one, other):
+        return one & other
 
-    def allowed(self, b, h, q, k):
-        return self.left.allowed(b, h, q, k) | self.right.allowed(b, h, q, k)
 
-    def materialise(self, shape):
-        return self.left.materialise(shape) | self.right.materialise(shape)
-
-    def tile(self, tile):
-        return self.left.tile(tile) | self.right.tile(tile)
-
-    def fill(self, grid):
-        return Or(left=self.left.fill(grid), right=self.right.fill(grid))
-
-    def blocks(self, grid):
-        pairs = zip(self.left.blocks(grid), self.right.blocks(grid))
-        return tuple(left | right for left, right in pairs)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Or(Joined):
+    @staticmethod
+    def join(one, other):
+        return one | other
 
 
 @jax.tree_util.register_dataclass

@@ -19,6 +19,10 @@ from tests.ops.cases import ints, named
 from tests.ops.test_attention import expected
 from tests.ops.test_context_parallel import mesh_of
 
+# Tiny programs, whose compilation is what takes long.
+FAST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+compiled = functools.partial(jax.jit, compiler_options=FAST)
+
 RULES = {
     "plain": lambda bias: {},
     "causal, empty rows": lambda bias: {"mask": masks.causal(-2)},
@@ -110,7 +114,7 @@ def check(mode, rule):
     with jax.enable_x64(True):
         x, tangents = arrays(), arrays(seed=9)
         found, wanted = (
-            jax.jit(functools.partial(MODES[mode], loss(name, rule)))(x, tangents)
+            compiled(functools.partial(MODES[mode], loss(name, rule)))(x, tangents)
             for name in ("blockwise", "reference")
         )
         alike(found, wanted)
@@ -199,9 +203,11 @@ def test_shared_out_over_devices_it_is_the_same(mode, method, check_vma, monkeyp
 
     with jax.enable_x64(True):
         x, tangents = arrays(), arrays(seed=9)
-        run = jax.jit(functools.partial(MODES[mode], shared))
-        wanted = MODES[mode](loss("reference"), x, tangents)
-        alike(run(x, tangents), wanted)
+        found, wanted = (
+            compiled(functools.partial(MODES[mode], f))(x, tangents)
+            for f in (shared, loss("reference"))
+        )
+        alike(found, wanted)
 
 
 def largest(lowered):
@@ -233,7 +239,7 @@ def test_third_order_is_refused_in_reverse_and_goes_in_forward_mode(blocks_of_th
             return lambda x: inner(MODES["forward over reverse"](f, x, t)[1], t)
 
         found, wanted = (
-            jax.jit(lambda x, name=name: jax.jvp(product(loss(name)), (x,), (t,)))(x)
+            compiled(lambda x, name=name: jax.jvp(product(loss(name)), (x,), (t,)))(x)
             for name in ("blockwise", "reference")
         )
         alike(found, wanted)
