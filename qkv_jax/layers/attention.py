@@ -11,7 +11,6 @@ from qkv_jax.ops import (
     Mask,
     Score,
     attention_weights,
-    dot_product_attention,
     mesh_attention,
 )
 
@@ -111,12 +110,13 @@ class MultiHeadAttention(nnx.Module):
             score: a rule on the scores.
             rng: draws the weights' dropout; None: no dropout.
         """
-        query, there = self.query(x), self.remember(x if memory is None else memory)
-        self._record(query, there, mask, score)
+        there = x if memory is None else memory
+        query, key, value = self.query(x), self.key(there), self.value(there)
+        self._record(query, key, mask, score)
         heads = mesh_attention(
             query,
-            there.key,
-            there.value,
+            key,
+            value,
             mask=mask,
             score=score,
             scale=self.scale,
@@ -128,7 +128,7 @@ class MultiHeadAttention(nnx.Module):
 
     def remember(self, memory: Array) -> KVCache:
         """Keys and values of memory (B, S, D), to attend to many times."""
-        return KVCache(key=self.key(memory), value=self.value(memory))
+        return KVCache.of(self.key(memory), self.value(memory))
 
     def attend(
         self,
@@ -139,23 +139,16 @@ class MultiHeadAttention(nnx.Module):
     ) -> Array:
         """Attends from a few x (B, T, D) to keys and values at hand: (B, T, D)."""
         query = self.query(x)
-        self._record(query, remembered, mask, score)
-        heads = dot_product_attention(
-            query,
-            remembered.key,
-            remembered.value,
-            mask=mask,
-            score=score,
-            scale=self.scale,
-        )
+        self._record(query, remembered.key.transpose(0, 3, 1, 2), mask, score)
+        heads = remembered.attend(query, mask=mask, score=score, scale=self.scale)
         return self.out(heads)
 
     def _record(
-        self, query: Array, there: KVCache, mask: Mask | None, score: Score | None
+        self, query: Array, key: Array, mask: Mask | None, score: Score | None
     ) -> None:
         if self.record:
             weights = attention_weights(
-                query, there.key, mask=mask, score=score, scale=self.scale
+                query, key, mask=mask, score=score, scale=self.scale
             )
             self.weights = nnx.Intermediate(weights)
 
@@ -167,6 +160,6 @@ class MultiHeadAttention(nnx.Module):
         score: Score | None = None,
     ) -> tuple[Array, KVCache]:
         """One step of decoding: x (B, Z, D), one position of each of Z hypotheses a row."""
-        new = self.remember(x)
-        cache = cache.write(new.key, new.value, ancestry.step * x.shape[1])
+        at = ancestry.step * x.shape[1]
+        cache = cache.write(self.key(x), self.value(x), at)
         return self.attend(x, cache, ancestry.mask(), score), cache

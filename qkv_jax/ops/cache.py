@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qkv_jax.ops.masks import Mask, dense
+from qkv_jax.ops.scores import Score, supported
 
 Array = jax.Array
 
@@ -20,26 +21,79 @@ Array = jax.Array
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class KVCache:
-    """Keys (B, S, K, H) and values (B, S, K, E) of one layer; slots not yet written are zero."""
+    """Keys and values of one layer, in the layouts whose products with few queries are fastest.
+
+    On a CPU a step of 32 rows and 4 hypotheses spends 0.3 ms a layer in the two products so, and
+    2 ms where both have the layout of `dot_product_attention`, which have to be transposed.
+
+    Attributes:
+        key: (B, K, H, S); value: (B, K, S, E). Slots not yet written are zero.
+    """
 
     key: Array
     value: Array
 
     @classmethod
     def zeros(cls, batch: int, length: int, heads: int, size: int, dtype) -> "KVCache":
-        empty = jnp.zeros((batch, length, heads, size), dtype)
-        return cls(key=empty, value=empty)
+        return cls(
+            key=jnp.zeros((batch, heads, size, length), dtype),
+            value=jnp.zeros((batch, heads, length, size), dtype),
+        )
+
+    @classmethod
+    def of(cls, key: Array, value: Array) -> "KVCache":
+        """A full cache of keys (B, S, K, H) and values (B, S, K, E)."""
+        return cls(key=key.transpose(0, 2, 3, 1), value=value.transpose(0, 2, 1, 3))
 
     def write(self, key: Array, value: Array, at: Array) -> "KVCache":
         """A cache with `key` (B, Z, K, H) and `value` (B, Z, K, E) in slots at .. at + Z - 1."""
+        new = KVCache.of(key.astype(self.key.dtype), value.astype(self.value.dtype))
         return KVCache(
-            key=lax.dynamic_update_slice_in_dim(
-                self.key, key.astype(self.key.dtype), at, 1
-            ),
-            value=lax.dynamic_update_slice_in_dim(
-                self.value, value.astype(self.value.dtype), at, 1
-            ),
+            key=lax.dynamic_update_slice_in_dim(self.key, new.key, at, 3),
+            value=lax.dynamic_update_slice_in_dim(self.value, new.value, at, 2),
         )
+
+    def attend(
+        self,
+        query: Array,
+        *,
+        mask: Mask | None = None,
+        score: Score | None = None,
+        scale: float | None = None,
+    ) -> Array:
+        """What `dot_product_attention` gives for a few queries, in O(T S) time and memory.
+
+        Args:
+            query: (B, T, N, H); K divides N.
+            mask: who may attend, over (B, N, T, S); None: all.
+            score: a rule on the scaled scores.
+            scale: default H ** -0.5.
+
+        Returns:
+            (B, T, N, E), dtype of query; 0 for a query that may attend to nothing. Difference:
+            what is not finite in the cache reaches every query of its row, masked or not.
+        """
+        B, T, N, H = query.shape
+        K, S = self.key.shape[1], self.key.shape[3]
+        dtype = jnp.promote_types(query.dtype, jnp.float32)
+        grouped = query.transpose(0, 2, 1, 3).reshape(B, K, N // K * T, H)
+        logits = jnp.einsum(
+            "BKQH,BKHS->BKQS", grouped, self.key, preferred_element_type=dtype
+        ).reshape(B, N, T, S) * (H**-0.5 if scale is None else scale)
+        logits = logits if score is None else score.over(logits)
+        mask = supported(mask, score)
+        if mask is not None:
+            logits = jnp.where(mask.materialise((B, N, T, S)), logits, -jnp.inf)
+        top = jnp.maximum(logits.max(-1, keepdims=True), jnp.finfo(dtype).min)
+        weights = jnp.exp(logits - top)
+        total = jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(dtype).tiny)
+        out = jnp.einsum(
+            "BKQS,BKSE->BKQE",
+            weights.astype(query.dtype).reshape(B, K, N // K * T, S),
+            self.value,
+            preferred_element_type=dtype,
+        ).reshape(B, N, T, -1)
+        return (out / total).astype(query.dtype).transpose(0, 2, 1, 3)
 
 
 @jax.tree_util.register_dataclass
