@@ -202,17 +202,31 @@ def convert(directory: str) -> str:
     return str(converted)
 
 
+class Digits:
+    """A tokeniser whose sentences are ids in digits; see `qkv_jax.data.SentenceTokenizer`."""
+
+    pad, start, eos, unk, never = PAD, BOS, EOS, UNK, (PAD, BOS, UNK)
+    prefix: tuple[int, ...] = ()
+    source_ending = (EOS,)
+    digest = "digits"
+
+    def encode_source(self, sentences: list[str]) -> list[list[int]]:
+        return [[*map(int, sentence.split()), EOS] for sentence in sentences]
+
+    def decode(self, sequences: list[list[int]]) -> list[str]:
+        return [" ".join(str(i) for i in ids if i != EOS) for ids in sequences]
+
+
 def ours_search(setup: Setup, directory: str) -> Search:
-    """The compiled search of `qkv_jax.translation.Translator`, in its batches."""
-    from qkv_jax.data import Sentences, source_batches
+    """`qkv_jax.translation.Translator`; of a batch of full rows, its compiled search alone."""
     from qkv_jax.interop import load
     from qkv_jax.translation import DecodingConfig, Translator
 
     pretrained = load(directory)
+    tokenizer: Any = Digits()
 
     @functools.cache
     def translator(beams: int, tokens: int) -> Translator:
-        tokenizer: Any = None  # Ids in, ids out.
         decoding = DecodingConfig(
             beams=beams, batch_rows=setup.rows, max_length=tokens + 1
         )
@@ -222,30 +236,23 @@ def ours_search(setup: Setup, directory: str) -> Search:
 
     def search(case: Case) -> Tokens:
         ours = translator(case.beams, case.tokens)
-        sentences = Sentences.from_lists(ids[:-1] for ids in case.sentences)
-        # The batch of full rows is one; a corpus comes in the translator's shapes.
-        widths = {len(ids) for ids in case.sentences}
-        batches = source_batches(
-            sentences,
-            [*widths] if len(widths) == 1 else ours.lengths,
-            rows=min(setup.rows, len(sentences)),
-        )
-        found: Tokens = [[] for _ in case.sentences]
-        for indices, source in batches:
-            tokens = np.asarray(ours.search(source).tokens)[:, :, :-1].tolist()
-            for index, hypotheses in zip(indices, tokens):
-                if index >= 0:
-                    found[index] = hypotheses
-        return found
+        if len({len(ids) for ids in case.sentences}) == 1:
+            found = ours.search(np.array(case.sentences, np.int32))
+            return np.asarray(found.tokens)[:, :, :-1].tolist()
+        texts = [" ".join(map(str, ids[:-1])) for ids in case.sentences]
+        return [
+            [list(map(int, best.text.split())) for best in translations]
+            for translations in ours(texts, n_best=case.beams)
+        ]
 
     return search
 
 
 def compilations() -> int:
     """Programs that the search was compiled to, in this process."""
-    from qkv_jax.translation.translator import _search
+    from qkv_jax.translation import search
 
-    return _search._cache_size()
+    return search.search._cache_size()
 
 
 SIDES: dict[str, Callable[[Setup, str], Search]] = {

@@ -43,19 +43,22 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line and returns its exit code."""
+    """Runs a command line and returns its exit code; None: this process's."""
+    whole_process = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
-    from qkv_jax.data import DataError
+    from qkv_jax.data import DataError, cache_directory
     from qkv_jax.interop import InteropError
-    from qkv_jax.training import Interrupted, RunError
+    from qkv_jax.training import Interrupted, RunError, keep_programs
 
     try:
         name = arguments[0]
         if name not in COMMANDS:
             raise UsageError(f"unknown command {name!r}{nearest(name, COMMANDS)}")
+        if whole_process:
+            keep_programs(cache_directory() / "programs")
         module = importlib.import_module(f"qkv_jax.cli.{COMMANDS[name]}")
         getattr(module, name if name != "import" else "import_model")(arguments[1:])
     except (UsageError, DataError, InteropError, RunError, FloatingPointError) as error:

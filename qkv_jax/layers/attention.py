@@ -136,11 +136,17 @@ class MultiHeadAttention(nnx.Module):
         remembered: KVCache,
         mask: Mask | None = None,
         score: Score | None = None,
+        filled: Array | None = None,
     ) -> Array:
-        """Attends from a few x (B, T, D) to keys and values at hand: (B, T, D)."""
+        """Attends from a few x (B, T, D) to keys and values at hand: (B, T, D).
+
+        Arguments past x are those of `KVCache.attend`.
+        """
         query = self.query(x)
         self._record(query, remembered.key.transpose(0, 3, 1, 2), mask, score)
-        heads = remembered.attend(query, mask=mask, score=score, scale=self.scale)
+        heads = remembered.attend(
+            query, mask=mask, score=score, scale=self.scale, filled=filled
+        )
         return self.out(heads)
 
     def _record(
@@ -162,4 +168,5 @@ class MultiHeadAttention(nnx.Module):
         """One step of decoding: x (B, Z, D), one position of each of Z hypotheses a row."""
         at = ancestry.step * x.shape[1]
         cache = cache.write(self.key(x), self.value(x), at)
-        return self.attend(x, cache, ancestry.mask(), score), cache
+        filled = at + x.shape[1]
+        return self.attend(x, cache, ancestry.mask(), score, filled), cache

@@ -6,6 +6,7 @@ of ancestors, (B, Z, steps) small integers, and the mask read from it. So a reor
 O(B Z steps) bytes, not a copy of every layer's keys and values.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
@@ -60,6 +61,7 @@ class KVCache:
         mask: Mask | None = None,
         score: Score | None = None,
         scale: float | None = None,
+        filled: Array | None = None,
     ) -> Array:
         """What `dot_product_attention` gives for a few queries, in O(T S) time and memory.
 
@@ -68,22 +70,50 @@ class KVCache:
             mask: who may attend, over (B, N, T, S); None: all.
             score: a rule on the scaled scores.
             scale: default H ** -0.5.
+            filled: () int, the first slot from which on the mask admits none: where it is in the
+                first quarter or half of the slots, the others are not read. None, or with a
+                score: all are.
 
         Returns:
             (B, T, N, E), dtype of query; 0 for a query that may attend to nothing. Difference:
             what is not finite in the cache reaches every query of its row, masked or not.
         """
         B, T, N, H = query.shape
+        slots = self.key.shape[3]
+        scale = H**-0.5 if scale is None else scale
+        mask = supported(mask, score)
+        allowed = None if mask is None else mask.materialise((B, N, T, slots))
+        if filled is None or score is not None or allowed is None:
+            return self._attend(query, allowed, score, scale)
+        parts = sorted({-(-slots // 4), -(-slots // 2), slots})
+
+        def first(count: int) -> Callable[["KVCache", Array, Array], Array]:
+            return lambda cache, query, allowed: cache._first(count)._attend(
+                query, allowed[..., :count], None, scale
+            )
+
+        stage = sum((filled > count).astype(jnp.int32) for count in parts[:-1])
+        return lax.switch(
+            stage, [first(count) for count in parts], self, query, allowed
+        )
+
+    def _first(self, count: int) -> "KVCache":
+        return KVCache(key=self.key[..., :count], value=self.value[:, :, :count])
+
+    def _attend(
+        self, query: Array, allowed: Array | None, score: Score | None, scale: float
+    ) -> Array:
+        B, T, N, H = query.shape
         K, S = self.key.shape[1], self.key.shape[3]
         dtype = jnp.promote_types(query.dtype, jnp.float32)
         grouped = query.transpose(0, 2, 1, 3).reshape(B, K, N // K * T, H)
         logits = jnp.einsum(
             "BKQH,BKHS->BKQS", grouped, self.key, preferred_element_type=dtype
-        ).reshape(B, N, T, S) * (H**-0.5 if scale is None else scale)
+        ).reshape(B, N, T, S)
+        logits = logits * jnp.asarray(scale, dtype)
         logits = logits if score is None else score.over(logits)
-        mask = supported(mask, score)
-        if mask is not None:
-            logits = jnp.where(mask.materialise((B, N, T, S)), logits, -jnp.inf)
+        if allowed is not None:
+            logits = jnp.where(allowed, logits, -jnp.inf)
         top = jnp.maximum(logits.max(-1, keepdims=True), jnp.finfo(dtype).min)
         weights = jnp.exp(logits - top)
         total = jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(dtype).tiny)

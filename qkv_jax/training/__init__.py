@@ -26,6 +26,7 @@ from qkv_jax.training.metrics import read_metrics as read_metrics
 from qkv_jax.training.optimizers import OptimizerConfig as OptimizerConfig
 from qkv_jax.training.optimizers import make_optimizer as make_optimizer
 from qkv_jax.training.optimizers import make_schedule as make_schedule
+from qkv_jax.training.programs import keep_programs as keep_programs
 from qkv_jax.training.runs import finish_run as finish_run
 from qkv_jax.training.runs import is_finished as is_finished
 from qkv_jax.training.runs import locked as locked

@@ -11,7 +11,6 @@ from typing import Any, Self
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
 from qkv_jax.training.distributed import is_first
 from qkv_jax.training.errors import NotFinite
@@ -41,6 +40,9 @@ class MetricsWriter:
         self.directory.mkdir(parents=True, exist_ok=True)
         _keep_until(self.directory / METRICS_FILE, step)
         self._file = (self.directory / METRICS_FILE).open("a", encoding="utf-8")
+        # Imported here: whoever only translates needs none of it.
+        from tensorboardX import SummaryWriter
+
         purge = step + 1 if step else None
         self._events = SummaryWriter(
             str(self.directory), purge_step=purge, write_to_disk=True

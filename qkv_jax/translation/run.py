@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.console import Console
 
-from qkv_jax import data, training, viz
+from qkv_jax import data, training
 from qkv_jax.data import BOS, EOS, EncodedPairs, Pair, SentenceTokenizer
 from qkv_jax.models import seq2seq
 from qkv_jax.training.losses import projected_cross_entropy
@@ -307,6 +307,8 @@ def evaluate_run(
 
 def draw_run(directory: Path, translator: Translator, pairs: Sequence[Pair]) -> None:
     """Draws curves.png, and attention.png of a sentence of middling length."""
+    from qkv_jax import viz
+
     viz.plot_curves(directory / training.metrics.METRICS_FILE, directory / "curves.png")
     usual = sorted(pairs, key=lambda pair: abs(len(pair[0].split()) - 8))
     draw_attention(translator, usual[0][0], directory / "attention.png")
@@ -316,6 +318,8 @@ def draw_attention(
     translator: Translator, sentence: str, path: Path, *, layer: str | None = None
 ) -> None:
     """Draws a layer's attention for one sentence; the last cross-attention by default."""
+    from qkv_jax import viz  # Imported here: matplotlib takes most of a second.
+
     layer = layer or f"decoder.{translator.config.decoder_layers - 1}.cross"
     weights, looked_at, asks = translator.attention(sentence, layer=layer)
     viz.plot_attention(weights, looked_at, asks, path, title=layer)

@@ -1,8 +1,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from qkv_jax.ops import Ancestry, KVCache
+from qkv_jax.ops import Ancestry, KVCache, dot_product_attention, masks, scores
 
 B, Z, STEPS = 2, 3, 5
 
@@ -11,9 +12,11 @@ def test_write_fills_the_slots_at_hand_and_no_others():
     cache = KVCache.zeros(2, 6, 1, 4, jnp.bfloat16)
     key, value = np.ones((2, 2, 1, 4), np.float32), np.full((2, 2, 1, 4), 2, np.float32)
     written = jax.jit(KVCache.write)(cache, key, value, jnp.int32(3))
-    for array, number in ((written.key, 1), (written.value, 2)):
+    # (B, K, H, S) and (B, K, S, E): slots last, and last but one.
+    key, value = written.key[:, 0, 0], written.value[:, 0, :, 0]
+    for array, number in ((key, 1), (value, 2)):
         assert array.dtype == jnp.bfloat16
-        filled = np.array(array[:, :, 0, 0], np.float32)
+        filled = np.array(array, np.float32)
         np.testing.assert_array_equal(filled, [[0, 0, 0, number, number, 0]] * 2)
     assert not np.any(cache.key)
 
@@ -24,8 +27,44 @@ def test_a_cache_is_the_carry_of_a_loop():
         return cache.write(new, -new, t)
 
     cache = jax.lax.fori_loop(0, 4, step, KVCache.zeros(1, 4, 1, 2, jnp.float32))
-    np.testing.assert_array_equal(cache.key[0, :, 0, 0], [1, 2, 3, 4])
-    np.testing.assert_array_equal(cache.value[0, :, 0, 0], [-1, -2, -3, -4])
+    np.testing.assert_array_equal(cache.key[0, 0, 0], [1, 2, 3, 4])
+    np.testing.assert_array_equal(cache.value[0, 0, :, 0], [-1, -2, -3, -4])
+
+
+def draw(*shapes):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+@pytest.mark.parametrize("kv_heads", [6, 3, 1])
+@pytest.mark.parametrize("score", [None, scores.soft_cap(0.7)])
+def test_a_cache_is_attended_to_as_its_keys_and_values_are(kv_heads, score):
+    query, key, value = draw((2, 3, 6, 5), (2, 11, kv_heads, 5), (2, 11, kv_heads, 7))
+    options = {"mask": masks.lengths(key=jnp.array([11, 4])), "score": score}
+    options["scale"] = 0.3
+    found = KVCache.of(key, value).attend(query, **options)
+    wanted = dot_product_attention(query, key, value, **options)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def test_who_may_attend_to_nothing_in_a_cache_gets_zero():
+    query, key, value = draw((2, 1, 2, 4), (2, 5, 2, 4), (2, 5, 2, 4))
+    mask = masks.lengths(key=jnp.array([0, 5]))
+    found = KVCache.of(key, value).attend(query, mask=mask)
+    assert not np.any(found[0])
+    assert np.all(found[1])
+
+
+@pytest.mark.parametrize("filled", [1, 3, 4, 6, 7, 11])
+def test_slots_past_the_filled_ones_change_nothing_and_are_not_read(filled):
+    query, key, value = draw((2, 3, 2, 4), (2, 11, 2, 4), (2, 11, 2, 4))
+    mask = masks.dense((jnp.arange(11) < filled)[None, None, None])
+    wanted = dot_product_attention(query, key, value, mask=mask)
+    # A quarter of 11 slots is 3 of them, half 6: what is not finite shows what was read.
+    read = 3 if filled <= 3 else 6 if filled <= 6 else 11
+    cache = KVCache.of(key.at[:, read:].set(jnp.nan), value)
+    found = jax.jit(lambda n: cache.attend(query, mask=mask, filled=n))(filled)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
 def slots_of(mask):
