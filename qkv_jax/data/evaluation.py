@@ -52,14 +52,17 @@ def source_batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield every sentence once, to be translated, in batches of few shapes.
 
+    Each batch holds sentences of about one length, so that they end at about one time. Those
+    that do not fill a batch of their length go into the next length's, where that has any: their
+    row costs no more there than an unused one.
+
     Sentences longer than the longest length are truncated, never dropped.
 
     Args:
         sentences: what to translate.
         lengths: possible lengths of a row, increasing.
-        rows: the most rows of a batch. Where fewer sentences have a length, its batch has
-            the first of 8, 32, 128, ... rows that holds them: long rows are few, and cost
-            most.
+        rows: the most rows of a batch. Where fewer sentences are left, their batch has the first
+            of 8, 32, 128, ... rows that holds them: long rows are few, and cost most.
         rows_multiple: rows are rounded up to a multiple of this (devices).
 
     Yields:
@@ -69,15 +72,23 @@ def source_batches(
         raise ValueError(f"lengths must be positive and increasing; got {lengths}")
     bucket = np.searchsorted(lengths, sentences.lengths)
     bucket = np.minimum(bucket, len(lengths) - 1)
+    order = np.argsort(sentences.lengths, kind="stable")
+    full = -(-rows // rows_multiple) * rows_multiple
+    left = np.zeros(0, np.int64)
     for index, length in enumerate(lengths):
-        members = np.flatnonzero(bucket == index)
-        height = FEW_ROWS
-        while height < min(len(members), rows):
-            height *= 4
-        height = min(height, rows)
-        height = -(-height // rows_multiple) * rows_multiple
-        for indices in _chunks(members, height):
+        left = np.concatenate([left, order[bucket[order] == index]])
+        ready = len(left) // full * full
+        for indices in _chunks(left[:ready], full):
             yield indices, sentences.rows(indices, length)
+        left = left[ready:]
+        if len(left) and not (bucket == index + 1).any():
+            height = FEW_ROWS
+            while height < len(left):
+                height *= 4
+            height = -(-min(height, rows) // rows_multiple) * rows_multiple
+            for indices in _chunks(left, height):
+                yield indices, sentences.rows(indices, length)
+            left = left[:0]
 
 
 def _chunks(members: np.ndarray, rows: int) -> Iterator[np.ndarray]:

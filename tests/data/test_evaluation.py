@@ -50,6 +50,22 @@ def test_few_sentences_of_a_length_make_a_small_batch(multiple, rows):
     assert shapes == [(rows[0], 4), (rows[1], 16)]
 
 
+def test_what_fills_no_batch_of_its_length_goes_into_the_next_ones():
+    sentences = make_sentences([2, 6, 1, 5, 2, 14])
+    batches = source_batches(sentences, [4, 8, 16, 32], rows=2)
+    rows = [(indices.tolist(), batch.shape) for indices, batch in batches]
+    assert rows == [([2, 0], (2, 4)), ([4, 3], (2, 8)), ([1, 5], (2, 16))]
+
+
+def test_a_corpus_wastes_few_rows_and_has_few_shapes():
+    rng = np.random.default_rng(0)
+    lengths = np.round(rng.lognormal(np.log(20), 0.6, 1000)).astype(int).tolist()
+    batches = source_batches(make_sentences(lengths), [16, 32, 64, 128, 256], rows=64)
+    shapes = [batch.shape for _, batch in batches]
+    assert sum(rows for rows, _ in shapes) < 1000 + 64
+    assert len(set(shapes)) <= 6
+
+
 def test_nothing_to_translate_is_no_batch():
     assert list(source_batches(make_sentences([]), [4], rows=2)) == []
 
