@@ -25,6 +25,7 @@ from qkv_jax.translation.config import (
     LanguageConfig,
     TranslationConfig,
 )
+from qkv_jax.translation.search import model_shapes
 from qkv_jax.translation.translator import Translator
 
 TOKENIZER = "tokenizer"
@@ -293,7 +294,7 @@ def _restore(
     checkpoint: Checkpoint | None,
 ) -> Any:
     average = config.training.average
-    like = jax.eval_shape(lambda: init_params(model, seed=0))
+    like = model_shapes(model)
     if checkpoint is None:
         checkpoint = "average" if average > 1 else "best"
     tuned = {"finetune": config.finetune}
