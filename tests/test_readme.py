@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_readmes_example_runs_and_gives_every_slope_a_gradient():
     text = (ROOT / "README.md").read_text("utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
