@@ -1,6 +1,7 @@
 """Commands that use a model: translate, evaluate, score, plot."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,7 +77,7 @@ def translate(arguments: list[str]) -> None:
     found = translator(
         sentences, n_best=options.n_best, align=options.align, wishes=wishes
     )
-    _report(translator, sentences)
+    _report(translator, sentences, found)
     pairs = zip(sentences, found)
     write_lines(options.output, [line for p in pairs for line in _shown(*p, options)])
 
@@ -146,8 +147,17 @@ def _lines_for(
     return lines
 
 
-def _report(translator: Any, sentences: Sequence[str]) -> None:
-    """Says what of the sentences was not translated as a whole."""
+def _report(
+    translator: Any, sentences: Sequence[str], found: Sequence[Sequence[Any]]
+) -> None:
+    """Says what of the sentences was not translated, or not as a whole."""
+    without = sum(best[0].score == -math.inf for best in found)
+    if without:
+        print(
+            f"{PROGRAM}: {without} of {len(sentences)} sentences have no translation that fulfils "
+            "all wishes: raise --max-length, or wish for less",
+            file=sys.stderr,
+        )
     long = translator.too_long(sentences)
     if long:
         print(
@@ -175,7 +185,9 @@ def _shown(source: str, translations: list[Any], options: Translate) -> list[str
 
 
 def _as_json(translation: Any) -> dict[str, Any]:
-    content = {"text": translation.text, "score": translation.score}
+    # JSON knows no infinity.
+    score = translation.score if math.isfinite(translation.score) else None
+    content = {"text": translation.text, "score": score}
     if translation.alignment is not None:
         content["alignment"] = translation.alignment.pharaoh
         content["weights"] = translation.alignment.weights.round(4).tolist()

@@ -1,6 +1,7 @@
 """A trained model, or several together, that translate text and score translations."""
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -142,7 +143,8 @@ class Translator:
         """The n best translations of each sentence, best first; or n samples, as drawn.
 
         A blank sentence has one empty translation, and so has one longer than
-        `decoding.max_source` that is refused.
+        `decoding.max_source` that is refused. Where none fulfils the wishes within `max_length`,
+        there is an empty one of score -inf.
 
         Args:
             sentences: any number, of any length.
@@ -408,7 +410,8 @@ class Translator:
             risks = minimum_bayes_risk(texts)
             order = [int(i) for i in risks.order[:n_best]]
             return [Translation(texts[i], float(risks.utilities[i])) for i in order]
-        return [Translation(*pair) for pair in zip(texts, scores)]
+        found_none = [Translation("", -math.inf)]
+        return [Translation(*pair) for pair in zip(texts, scores)] or found_none
 
     def _align(
         self,

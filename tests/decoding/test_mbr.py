@@ -1,5 +1,4 @@
 import random
-import time
 
 import numpy as np
 import pytest
@@ -77,17 +76,6 @@ def test_references_and_utility_can_be_given():
     )
     np.testing.assert_array_equal(found.order, [2, 1, 0])
     np.testing.assert_allclose(found.utilities, [-3.5, -1.5, -0.5])
-
-
-def test_sixty_four_candidates_take_under_a_tenth_of_a_second():
-    # Of this thread: what else the machine does takes none of it.
-    texts = _random_texts(64)
-    times = []
-    for _ in range(5):
-        start = time.thread_time()
-        minimum_bayes_risk(texts)
-        times.append(time.thread_time() - start)
-    assert min(times) < 0.1
 
 
 def test_wrong_arguments_are_named():

@@ -196,6 +196,13 @@ def test_banned_tokens_are_not_emitted(translator, sentences):
     assert translator(["one"], wishes=Wishes(banned=["nine"]))[0][0].text
 
 
+def test_what_cannot_be_fulfilled_leaves_an_empty_translation(translator):
+    long = Wishes(phrases=[[" ".join(toy.WORDS)], []])
+    none, some = translator(["one", "two"], wishes=long)
+    assert none == [module.Translation("", -np.inf)]
+    assert some[0].score > -np.inf
+
+
 def test_wishes_for_other_sentences_are_refused(translator):
     with pytest.raises(ValueError, match="prefixes must be one a sentence, 2; got 1"):
         translator(["one", "two"], wishes=Wishes(prefixes=["one"]))
