@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -29,7 +30,8 @@ def keep_programs(directory: Path) -> Path | None:
     Returns:
         Where programs are kept; None: nowhere new.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    config: Any = jax.config
+    if config.jax_compilation_cache_dir is not None:
         return None
     place = directory / _machine()
     try:
@@ -46,7 +48,7 @@ def keep_programs(directory: Path) -> Path | None:
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }.items():
-        jax.config.update(name, value)
+        config.update(name, value)
     # A program that cannot be read or written is compiled: nothing that a user could act on.
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent")
     return place
