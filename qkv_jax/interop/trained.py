@@ -57,14 +57,13 @@ class Trained:
 
 
 def named_arrays(model: Weights) -> dict[str, np.ndarray]:
-    """Its parameters by dotted name, float32; the row of padding 0 where it counts as 0."""
+    """Copies of its parameters by dotted name; the row of padding 0 where it counts as 0."""
     named = {
-        name: np.asarray(jax.device_get(x), np.float32)
+        name: np.array(jax.device_get(x), np.float32)
         for name, x in flatten(model.params).items()
     }
     if model.config.zero_pad:
         for name in TABLES & named.keys():
-            named[name] = named[name].copy()
             named[name][model.config.pad] = 0.0
     return named
 

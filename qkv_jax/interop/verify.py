@@ -79,7 +79,8 @@ def verify(
     Args:
         model: that was exported.
         directory: of CTranslate2.
-        sources: ids as the encoder takes them, EOS included.
+        sources: ids as the encoder takes them, EOS included; none of EOS alone, for which
+            CTranslate2 has no translation.
         targets: ids that are scored, without EOS; None: our translations.
         beams: Z.
         alpha: of the length penalty `power(alpha)`.
