@@ -1,5 +1,7 @@
 """Checkpoints of other software, in and out: Hugging Face directories, Marian, CTranslate2."""
 
+from qkv_jax.interop.agreement import Agreement as Agreement
+from qkv_jax.interop.agreement import verify as verify
 from qkv_jax.interop.ctranslate2 import Vocabularies as Vocabularies
 from qkv_jax.interop.ctranslate2 import export_ctranslate2 as export_ctranslate2
 from qkv_jax.interop.description import load_description as load_description
@@ -17,5 +19,3 @@ from qkv_jax.interop.tensors import read_tensors as read_tensors
 from qkv_jax.interop.tokenizers import PretrainedTokenizer as PretrainedTokenizer
 from qkv_jax.interop.tokenizers import load_tokenizer as load_tokenizer
 from qkv_jax.interop.trained import Trained as Trained
-from qkv_jax.interop.verify import Agreement as Agreement
-from qkv_jax.interop.verify import verify as verify

@@ -18,7 +18,7 @@ from qkv_jax.models.seq2seq import Segments
 pytestmark = pytest.mark.peers
 
 CASES = ("marian", "marian-separate", "m2m", "bart", "mbart", "t5", "t5-gated", "mt5")
-CASES += ("t5-untied",)
+CASES += ("t5-untied", "pegasus")
 LONGEST = 17
 
 
@@ -94,6 +94,10 @@ def make(case: str, sizes: dict[str, int]) -> Any:
             tr.MBartConfig(
                 **bart_settings(sizes, scale_embedding=True, decoder_start_token_id=2)
             ),
+        ),
+        "pegasus": (
+            tr.PegasusForConditionalGeneration,
+            tr.PegasusConfig(**bart_settings(sizes, scale_embedding=True)),
         ),
         "t5": (tr.T5ForConditionalGeneration, tr.T5Config(**t5_settings(sizes))),
         "t5-gated": (
