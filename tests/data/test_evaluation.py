@@ -62,7 +62,7 @@ def test_a_corpus_wastes_few_rows_and_has_few_shapes():
     lengths = np.round(rng.lognormal(np.log(20), 0.6, 1000)).astype(int).tolist()
     batches = source_batches(make_sentences(lengths), [16, 32, 64, 128, 256], rows=64)
     shapes = [batch.shape for _, batch in batches]
-    assert sum(rows for rows, _ in shapes) < 1000 + 64
+    assert sum(rows for rows, _ in shapes) < 1.1 * 1000
     assert len(set(shapes)) <= 6
 
 
