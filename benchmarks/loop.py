@@ -28,7 +28,8 @@ from qkv_jax import training
 from qkv_jax.data import ParallelData
 from qkv_jax.models import seq2seq
 from qkv_jax.translation import TextConfig, TranslationConfig, demo, train_run
-from qkv_jax.translation.run import init_params, make_loss
+from qkv_jax.translation.run import make_loss
+from qkv_jax.translation.start import init_params
 
 
 def resident() -> float:

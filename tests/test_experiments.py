@@ -9,7 +9,8 @@ import jax
 import pytest
 
 from qkv_jax.training import read_metrics
-from qkv_jax.translation.run import init_params, make_loss
+from qkv_jax.translation.run import make_loss
+from qkv_jax.translation.start import init_params
 from tests.translation import toy
 
 ROOT = Path(__file__).parents[1]

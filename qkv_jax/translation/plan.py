@@ -12,7 +12,8 @@ from qkv_jax.data import PAD
 from qkv_jax.models import seq2seq
 from qkv_jax.training.plan import HARDWARE, Hardware, Plan, plan_step
 from qkv_jax.translation.config import TranslationConfig
-from qkv_jax.translation.run import init_params, make_loss
+from qkv_jax.translation.run import make_loss
+from qkv_jax.translation.start import init_params, started
 
 
 def plan_run(config: TranslationConfig) -> Plan:
@@ -27,7 +28,9 @@ def plan_run(config: TranslationConfig) -> Plan:
         RunError: the mesh does not fit the devices or the model.
     """
     text = config.text
+    start = started(config)
     model = dataclasses.replace(config.model, vocabulary=text.vocabulary, pad=PAD)
+    model = model if start is None else start.model
     try:
         mesh = training.make_mesh(config.mesh)
         seq2seq.check_heads(model, mesh.shape)
@@ -38,6 +41,7 @@ def plan_run(config: TranslationConfig) -> Plan:
             mesh=mesh,
             rng_impl=config.training.rng_impl,
             ema=config.training.ema_decay is not None,
+            finetune=config.finetune,
         )
     except ValueError as error:
         raise training.RunError(f"mesh: {error}") from error
@@ -48,6 +52,7 @@ def plan_run(config: TranslationConfig) -> Plan:
         accumulate=config.training.accumulate,
         ema_decay=config.training.ema_decay,
         rng_impl=config.training.rng_impl,
+        finetune=config.finetune,
     )
     multiple = training.batch_shares(mesh) * config.training.accumulate
     rows = max(multiple, text.batch_tokens // text.max_target // multiple * multiple)

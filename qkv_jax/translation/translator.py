@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -35,9 +34,14 @@ from qkv_jax.translation import search
 from qkv_jax.translation.alignment import Alignment, align, side_by_side
 from qkv_jax.translation.config import DecodingConfig
 from qkv_jax.translation.overlong import split_text
+from qkv_jax.translation.rows import (
+    SHORTEST_ROW,
+    checksum,
+    filled,
+    phrase_rows,
+    row_lengths,
+)
 from qkv_jax.translation.search import model_graph
-
-SHORTEST_ROW = 16
 
 
 class Translation(NamedTuple):
@@ -125,7 +129,7 @@ class Translator:
             *(graph for other in others for graph in other.graphs),
         )
         self.decoding = _within(decoding, [config, *(x.config for x in others)])
-        self.lengths = _row_lengths(self.decoding.max_source)
+        self.lengths = row_lengths(self.decoding.max_source)
         self.ids = search.Ids(
             tokenizer.start, tokenizer.eos, tokenizer.pad, tokenizer.never
         )
@@ -241,9 +245,7 @@ class Translator:
         if self.decoding.samples:
             rng = jax.random.key(self.decoding.seed)
             # The noise of a sentence depends on nothing but what it is.
-            given["row_ids"] = np.array(
-                [_checksum(row, self.ids.pad) for row in source]
-            )
+            given["row_ids"] = np.array([checksum(row, self.ids.pad) for row in source])
         placed = place_batch(given, self.mesh)
         self.shapes.add(tuple(n for x in given.values() for n in x.shape))
         with jax.set_mesh(self.mesh):
@@ -351,7 +353,7 @@ class Translator:
                     prefix=self._prefix_rows(
                         [() if i is None else prefixes[i] for i in rows]
                     ),
-                    phrases=_phrase_rows(
+                    phrases=phrase_rows(
                         [[] if i is None else phrases[i] for i in rows]
                     ),
                     banned=banned,
@@ -374,7 +376,7 @@ class Translator:
 
     def _pair_batches(self, pairs: EncodedPairs):
         longest = (self.lengths[-1], self.decoding.max_length)
-        lengths = _row_lengths(max(longest))
+        lengths = row_lengths(max(longest))
         shapes = [Shape(*(min(n, most) for most in longest)) for n in lengths]
         return eval_batches(
             pairs,
@@ -396,7 +398,7 @@ class Translator:
             return None
         if width > len(self.tokenizer.prefix):  # Few shapes.
             width = 1 << (width - 1).bit_length()
-        return _filled(rows, width)
+        return filled(rows, width)
 
     def _texts(self, found: Hypotheses, row: int, n_best: int) -> list[Translation]:
         exist = [z for z, x in enumerate(found.scores[row]) if np.isfinite(x)]
@@ -464,26 +466,6 @@ def _join(parts: Sequence[Sequence[Translation]]) -> list[Translation]:
     return joined
 
 
-def _phrase_rows(phrases: Sequence[Sequence[Sequence[int]]]) -> np.ndarray | None:
-    """(B, C, L) ids, filled up with -1; None: no row has any."""
-    count = max((len(row) for row in phrases), default=0)
-    width = max((len(phrase) for row in phrases for phrase in row), default=0)
-    if not count or not width:
-        return None
-    count, width = (1 << (n - 1).bit_length() for n in (count, width))
-    rows = [[*row, *([[]] * (count - len(row)))] for row in phrases]
-    return np.stack([_filled(row, width) for row in rows])
-
-
-def _filled(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
-    filled = [[*row, *([-1] * (width - len(row)))] for row in rows]
-    return np.array(filled, np.int32).reshape(len(rows), width)
-
-
-def _checksum(row: np.ndarray, pad: int) -> int:
-    return zlib.crc32(row[row != pad].astype("<i4").tobytes()) & 0x7FFFFFFF
-
-
 def _within(
     decoding: DecodingConfig, configs: Sequence[seq2seq.Config]
 ) -> DecodingConfig:
@@ -494,12 +476,3 @@ def _within(
         max_source=min([decoding.max_source, *known]),
         max_length=min([decoding.max_length, *known]),
     )
-
-
-def _row_lengths(longest: int) -> list[int]:
-    """Row lengths that double, up to the longest."""
-    lengths, length = [], SHORTEST_ROW
-    while length < longest:
-        lengths.append(length)
-        length *= 2
-    return [*lengths, longest]
