@@ -53,7 +53,10 @@ def evaluate(arguments: list[str]) -> None:
         return
     for name, signature in scores.signatures.items():
         print(f"{name:>20} {getattr(scores, name):6.2f}   {signature}")
-    print(f"{'length_ratio':>20} {scores.length_ratio:6.3f}   {len(pairs):,} sentences")
+    print(
+        f"{'length_ratio':>20} {scores.length_ratio:6.3f}   {len(pairs):,} sentences in batches "
+        f"of {len(translator.shapes)} shapes"
+    )
 
 
 def translate(arguments: list[str]) -> None:
@@ -150,7 +153,12 @@ def _lines_for(
 def _report(
     translator: Any, sentences: Sequence[str], found: Sequence[Sequence[Any]]
 ) -> None:
-    """Says what of the sentences was not translated, or not as a whole."""
+    """Says how many programs were compiled, and what was not translated, or not as a whole."""
+    if len(sentences) > 1:
+        print(
+            f"{PROGRAM}: {len(sentences):,} sentences in batches of {len(translator.shapes)} shapes",
+            file=sys.stderr,
+        )
     without = sum(best[0].score == -math.inf for best in found)
     if without:
         print(
