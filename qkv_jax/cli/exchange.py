@@ -1,6 +1,7 @@
 """Commands that take models in and write them out for other software."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,8 @@ from qkv_jax.cli.options import checkpoint_of
 from qkv_jax.cli.parsing import PROGRAM, UsageError, parse, read_lines
 
 SENTENCES = 100
+# Of log-probabilities in float32.
+TOLERANCE = 1e-4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,8 +97,20 @@ def export(arguments: list[str]) -> None:
         ),
     )
     print(options.out)
+    if start.decoding.length_penalty == "gnmt":
+        print(
+            f'{PROGRAM}: the length penalty "gnmt" is not known there: its scores are divided by '
+            "a power of the length",
+            file=sys.stderr,
+        )
     if options.verify:
-        print(exchange.check_export(start, options.out, sentences))
+        found = exchange.check_export(start, options.out, sentences)
+        print(found)
+        exact = options.quantization in (None, "float32")
+        if exact and found.max_difference > TOLERANCE:
+            raise UsageError(
+                f"{options.out} differs from the model by more than {TOLERANCE}: do not use it"
+            )
 
 
 def _sentences(options: Export) -> list[str]:

@@ -76,13 +76,16 @@ def check_export(
     sources = start.tokenizer.encode_source(
         [text for text in sentences if text.strip()]
     )
-    if not sources:
-        raise InteropError("there is no sentence to compare on: give some.")
     longest = start.decoding.max_source
+    sources = [ids for ids in sources if len(ids) <= longest]
+    if not sources:
+        raise InteropError(
+            f"there is no sentence of at most {longest} tokens to compare on: give some."
+        )
     return verify(
         weights(start),
         directory,
-        [ids for ids in sources if len(ids) <= longest],
+        sources,
         alpha=start.decoding.alpha,
         forbidden=start.tokenizer.never,
     )
