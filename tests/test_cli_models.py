@@ -19,9 +19,12 @@ def places(tmp_path_factory):
         corpus = toy.write_corpus(folder / "corpus")
         toy.run(toy.make_config(corpus, folder / "run"))
         assert (
-            main(["export", str(folder / "run"), str(folder / "hf"), "--to", "hf"]) == 0
+            main(
+                ["export", str(folder / "run"), str(folder / "published"), "--to", "hf"]
+            )
+            == 0
         )
-        assert main(["import", str(folder / "hf"), str(folder / "in")]) == 0
+        assert main(["import", str(folder / "published"), str(folder / "in")]) == 0
         yield folder
 
 
@@ -150,8 +153,11 @@ def test_an_imported_model_is_evaluated_on_files(say, tmp_path):
         ),
         ("translate run one --target-language deu", "whose languages are those it was"),
         ("translate in one --checkpoint best", "is no run: it has no checkpoints"),
-        ("export run hf --to hf", "hf is not empty: choose another directory."),
-        ("import hf in", "in is not empty: choose another directory."),
+        (
+            "export run published --to hf",
+            "published is not empty: choose another directory.",
+        ),
+        ("import published in", "in is not empty: choose another directory."),
         (
             "import nowhere/at/all x",
             "is no directory, and no name of a model on the hub.",

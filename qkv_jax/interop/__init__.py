@@ -11,6 +11,8 @@ from qkv_jax.interop.errors import InteropError as InteropError
 from qkv_jax.interop.export import export_huggingface as export_huggingface
 from qkv_jax.interop.export import generation_settings as generation_settings
 from qkv_jax.interop.hub import fetch as fetch
+from qkv_jax.interop.marian_npz import convert_marian as convert_marian
+from qkv_jax.interop.marian_npz import is_marian_npz as is_marian_npz
 from qkv_jax.interop.pretrained import Pretrained as Pretrained
 from qkv_jax.interop.pretrained import load as load
 from qkv_jax.interop.pretrained import save as save

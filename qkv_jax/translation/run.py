@@ -200,9 +200,12 @@ def _train_run(
     try:
         training.state_shardings(shapes, mesh)
         seq2seq.check_heads(model, mesh.shape)
+    except ValueError as error:
+        raise training.RunError(f"mesh: {error}") from error
+    try:
         counts = training.count_params(shapes, config.finetune)
     except ValueError as error:
-        raise training.RunError(str(error)) from error
+        raise training.RunError(f"finetune: {error}") from error
     training.check_same("text or tokeniser", tokenizer.digest)
 
     # A mesh must not change the batches, so that another one may resume the run.
@@ -217,8 +220,8 @@ def _train_run(
             save_start(start._replace(model=model), directory)
 
     training.on_first(open_directory)
-    count = counts.all if config.finetune.whole else counts
-    for line in [*prepared.report, f"model: {count:,} parameters; run: {directory}"]:
+    told = f"model: {counts.all:,} parameters; run: {directory}"
+    for line in [*prepared.report, told]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     evaluate = None
     if len(prepared.valid.source):

@@ -1,15 +1,25 @@
 """Runs out as published models, in again, and trained on."""
 
 import dataclasses
+import io
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 from qkv_jax.interop import InteropError, import_published, load, read_tensors
+from qkv_jax.interop.pretrained import flatten
+from qkv_jax.interop.tensors import write_tensors
 from qkv_jax.training import FinetuneConfig, LoraConfig, RunError
-from qkv_jax.translation import load_run, load_translator
+from qkv_jax.translation import (
+    LanguageConfig,
+    load_run,
+    load_translator,
+    train_run,
+)
 from qkv_jax.translation.exchange import export_model
 from qkv_jax.translation.start import load_start
 from tests.translation import toy
@@ -80,12 +90,6 @@ def test_a_run_starts_from_a_model_and_keeps_its_tokeniser(
 
 
 def test_the_score_before_the_first_step_is_printed(corpus, published, tmp_path):
-    import io
-
-    from rich.console import Console
-
-    from qkv_jax.translation import train_run
-
     said = io.StringIO()
     config = toy.make_config(
         corpus, tmp_path / "run", init_from=str(published), validation_sentences=4
@@ -109,7 +113,10 @@ def test_a_tuned_published_model_is_exported_under_its_own_names(
 @pytest.mark.parametrize(
     "finetune, moves",
     [
-        (FinetuneConfig(freeze=("encoder.*", "*embedding*")), "decoder"),
+        (
+            FinetuneConfig(freeze=("encoder.*", "*embedding*")),
+            ("decoder", "output_bias"),
+        ),
         (
             FinetuneConfig(
                 lora=LoraConfig(rank=2, kernels=("decoder.*.query.kernel",))
@@ -135,31 +142,34 @@ def test_what_is_not_trained_keeps_its_bits(
 
 
 def load_flat(params):
-    from qkv_jax.interop.pretrained import flatten
-
     return {name: np.asarray(x) for name, x in flatten(params).items()}
 
 
-def test_the_padding_of_a_published_model_stays_zero(corpus, published, tmp_path):
-    file = published / "config.json"
-    settings = json.loads(file.read_text())
-    pad = settings["pad_token_id"]
-    tune(corpus, tmp_path / "run", published)
+def test_the_padding_of_a_model_that_starts_from_it_stays_zero(
+    corpus, published, tmp_path
+):
+    other, pad = tmp_path / "other", 0
+    shutil.copytree(published, other)
+    tensors = {name: x.copy() for name, x in read_tensors(published).items()}
+    for name, x in tensors.items():
+        if "shared" in name or "embed_tokens" in name or name == "lm_head.weight":
+            x[pad] = 0
+    write_tensors(other, tensors)
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((other / name).read_text())
+        settings["decoder_start_token_id"] = pad
+        (other / name).write_text(json.dumps(settings))
+    tune(corpus, tmp_path / "run", other)
     tuned = load_start(tmp_path / "run")
-    assert tuned.model.zero_pad and tuned.model.pad == pad
-    rows = [
-        x
-        for name, x in load_flat(tuned.params).items()
-        if name.endswith("embedding.table")
-    ]
+    assert tuned.model.zero_pad and tuned.tokenizer.start == tuned.model.pad == pad
+    flat = load_flat(tuned.params)
+    rows = [x for name, x in flat.items() if name.endswith("embedding.table")]
     assert rows and not any(x[pad].any() for x in rows)
 
 
 def test_a_vocabulary_that_does_not_fit_is_an_error_before_anything_is_written(
     corpus, published, tmp_path
 ):
-    import shutil
-
     other = tmp_path / "other"
     shutil.copytree(published, other)
     vocabulary = json.loads((other / "vocab.json").read_text())
@@ -171,8 +181,6 @@ def test_a_vocabulary_that_does_not_fit_is_an_error_before_anything_is_written(
 
 
 def test_languages_are_of_published_models(corpus, finished, tmp_path):
-    from qkv_jax.translation import LanguageConfig
-
     with pytest.raises(RunError, match="whose languages are those it was trained with"):
         load_translator(finished, languages=LanguageConfig(target="deu"))
     with pytest.raises(ValueError, match="languages are of the model of init_from"):

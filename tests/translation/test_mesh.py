@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,8 @@ CONFIG = seq2seq.Config(
     dropout=0.1,
     attention_dropout=0.1,
 )
+# All that a search asks of a tokeniser.
+IDS = SimpleNamespace(start=1, eos=2, pad=0, never=(0, 1, 3), prefix=())
 ROWS, LENGTH = 8, 12
 MESHES = {
     "data": {"data": 8},
@@ -174,7 +177,7 @@ def test_decoding_equals_one_device(name):
     def search(sizes):
         mesh = make_mesh(MeshConfig(**sizes))
         decoding = DecodingConfig(beams=2, max_length=8)
-        translator = Translator(CONFIG, params, None, decoding=decoding, mesh=mesh)
+        translator = Translator(CONFIG, params, IDS, decoding=decoding, mesh=mesh)
         return jax.device_get(translator.search(source))
 
     found, wanted = search(MESHES[name]), search({"data": 1})
