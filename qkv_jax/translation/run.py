@@ -348,7 +348,8 @@ def _loss(
 
 def _say_first_score(values: dict[str, float], console: Console) -> None:
     shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-    console.print(f"before the first step  validation  {shown}", highlight=False)
+    told = f"before the first step  validation  {shown}"
+    console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 def _validation(
