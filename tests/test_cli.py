@@ -373,6 +373,9 @@ def test_training_never_writes_among_other_files(corpus, tmp_path, fail):
 def test_a_directory_that_is_no_model_is_refused(tmp_path, monkeypatch, fail, command):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\n")))
     assert "it has no config.json." in fail(command, tmp_path)
+    (tmp_path / "model.npz").write_bytes(b"")
+    if command != "plot":
+        assert f"qkv-jax import {tmp_path} OUT" in fail(command, tmp_path)
     absent = tmp_path / "none"
     message = fail(command, absent)
     assert message.startswith(f"{absent} is no")

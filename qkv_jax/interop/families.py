@@ -206,7 +206,7 @@ def _marian(keys: Keys) -> dict[str, Any]:
     return fields | {"norm": "post", "output_bias": True, "zero_pad": zero}
 
 
-def _pegasus(keys: Keys) -> dict[str, Any]:
+def _pre_norm(keys: Keys) -> dict[str, Any]:
     fields = _bart_like(keys)
     keys("vocab_size")
     keys.fixed(
@@ -215,20 +215,16 @@ def _pegasus(keys: Keys) -> dict[str, Any]:
         add_final_layer_norm=True,
         static_position_embeddings=True,
     )
-    return fields | {"norm": "pre", "output_bias": True}
+    return fields | {"norm": "pre"}
+
+
+def _pegasus(keys: Keys) -> dict[str, Any]:
+    return _pre_norm(keys) | {"output_bias": True}
 
 
 def _m2m(keys: Keys) -> dict[str, Any]:
-    fields = _bart_like(keys)
-    keys("vocab_size")
-    keys.fixed(
-        normalize_before=True,
-        normalize_embedding=False,
-        add_final_layer_norm=True,
-        static_position_embeddings=True,
-    )
+    fields = _pre_norm(keys)
     return fields | {
-        "norm": "pre",
         "positions": "sinusoid_inclusive",
         "position_offset": fields["pad"] + 1,
     }

@@ -14,6 +14,7 @@ from qkv_jax.interop import (
     InteropError,
     Pretrained,
     fetch,
+    is_marian_npz,
     load,
     load_description,
     load_tokenizer,
@@ -130,6 +131,11 @@ def load_start(
                 "leave out the options of languages."
             )
         return _of_run(Path(model), checkpoint)
+    if is_marian_npz(model):
+        raise training.RunError(
+            f"{model} holds a model of the Marian toolkit: make it one of ours first, "
+            f"qkv-jax import {model} OUT."
+        )
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise training.RunError(
             f"{model} is not a run or a published model: it has no config.json."
