@@ -47,3 +47,5 @@ from qkv_jax.training.state import create_state as create_state
 from qkv_jax.training.step import evaluate_loss as evaluate_loss
 from qkv_jax.training.step import make_eval_step as make_eval_step
 from qkv_jax.training.step import make_train_step as make_train_step
+from qkv_jax.training.stopping import saved_at as saved_at
+from qkv_jax.training.stopping import stop_point as stop_point

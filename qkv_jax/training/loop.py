@@ -2,12 +2,10 @@
 
 import dataclasses
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
@@ -23,6 +21,7 @@ from qkv_jax.training.optimizers import OptimizerConfig, make_optimizer, make_sc
 from qkv_jax.training.sharding import auto_mesh, make_mesh, place_batch
 from qkv_jax.training.state import TrainState, create_state
 from qkv_jax.training.step import LossFn, make_train_step
+from qkv_jax.training.stopping import Signals, Stopped, stop_point
 
 Callback = Callable[[int, TrainState, dict[str, jax.Array]], None]
 
@@ -110,6 +109,7 @@ class Record:
         stale: evaluations in a row since.
         tokens: real target tokens trained on.
         seconds: wall time of training, all processes of the run together.
+        pending: the evaluation of this step was stopped, and is made when the run goes on.
     """
 
     step: int = 0
@@ -118,6 +118,7 @@ class Record:
     stale: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    pending: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,7 +195,8 @@ def train(
             that ends; an evaluation without config.metric.
         RunError: losses or gradients that are not finite, config.max_skipped in a row; a checkpoint
             that does not fit, or is damaged and the only one; one that cannot be written.
-        Interrupted: SIGTERM or SIGINT came; the step it was at is saved. A second one ends the
+        Interrupted: SIGTERM or SIGINT came; the step it was at is saved. An evaluation is left at
+            its next `stop_point`, and made anew when the run goes on. A second signal ends the
             process at once.
     """
     if config.patience is not None and evaluate is None:
@@ -207,7 +209,7 @@ def train(
         with (
             MetricsWriter(directory, step=record.step) as writer,
             ProgressLine(config.steps, start=record.step, console=console) as line,
-            _Signals() as signals,
+            Signals() as signals,
         ):
             if finetune is not None:
                 shapes = jax.eval_shape(params) if callable(params) else params
@@ -220,17 +222,20 @@ def train(
             session = _Session(
                 config, store, writer, line, record, evaluate, iterator, finetune
             )
-            while not session.ended:
-                rows = _next(iterator)
-                batch = place_batch(rows, mesh, accumulate=config.accumulate)
-                state, metrics, compiled = step_fn(state, batch)
-                session.after_step(state, metrics, rows, compiled=compiled)
-                for callback in callbacks:
-                    callback(record.step, state, metrics)
-                if signals.received and not session.ended:
-                    session.save(state)
-                    store.wait()
-                    raise Interrupted(signals.received, directory, record.step)
+            try:
+                session.evaluate_if_pending(state)
+                while not session.ended:
+                    rows = _next(iterator)
+                    batch = place_batch(rows, mesh, accumulate=config.accumulate)
+                    state, metrics, compiled = step_fn(state, batch)
+                    session.after_step(state, metrics, rows, compiled=compiled)
+                    for callback in callbacks:
+                        callback(record.step, state, metrics)
+                    stop_point()
+            except Stopped:
+                session.save(state)
+                store.wait()
+                raise Interrupted(signals.received, directory, record.step) from None
             session.finish(step_fn)
     return _result(state, session, step_fn, directory, time.perf_counter() - began)
 
@@ -292,35 +297,6 @@ class _CountedStep:
         self.seconds += time.perf_counter() - began
         self._shapes.add(shapes)
         return *result, True
-
-
-class _Signals:
-    """Notes SIGTERM and SIGINT while the loop runs, so that it can save and end between steps.
-
-    Of one process in its main thread: several would have to agree on the step, and no other
-    thread can set handlers. There the signals do what they always do.
-    """
-
-    def __init__(self):
-        self.received: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Self:
-        main = threading.current_thread() is threading.main_thread()
-        if main and jax.process_count() == 1:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: object) -> None:
-        del frame
-        if self.received is not None:
-            os._exit(128 + number)
-        self.received = signal.Signals(number)
 
 
 class _Session:
@@ -405,7 +381,9 @@ class _Session:
             return False
         self.log.flush()
         trained = state.params if state.ema is None else state.ema
+        record.pending = True
         values = self.evaluate(merge_params(trained, state.constant, self.finetune))
+        record.pending = False
         self.log.restart()
         if config.metric not in values:
             raise ValueError(
@@ -418,6 +396,12 @@ class _Session:
         self.line.say(f"step {record.step}  validation  {shown}")
         return _note_evaluation(record, float(values[config.metric]), config.mode)
 
+    def evaluate_if_pending(self, state: TrainState) -> None:
+        """What was stopped when the step was saved; its checkpoint is told of the outcome."""
+        if self.record.pending:
+            self._evaluate_if_due(state)
+            self.store.tell(self.record.step, self._progress())
+
     def save(self, state: TrainState) -> None:
         """Starts a checkpoint of this step, where there is none yet."""
         if self._saved == self.record.step:
@@ -426,8 +410,10 @@ class _Session:
         self.log.flush()
         self.record.tokens = self._tokens + round(self.log.meter.tokens)
         self.record.seconds = self._seconds + self.log.meter.seconds
-        progress = dataclasses.asdict(self.record) | {"data": self.iterator.get_state()}
-        self.store.save(self.record.step, state, progress)
+        self.store.save(self.record.step, state, self._progress())
+
+    def _progress(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.record) | {"data": self.iterator.get_state()}
 
 
 def _note_evaluation(record: Record, value: float, mode: str) -> bool:

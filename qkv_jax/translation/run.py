@@ -270,7 +270,8 @@ def _train_run(
             directory, drawer, (prepared.corpus.test or prepared.corpus.train)[:50]
         )
     if prepared.corpus.test:
-        scores, _ = evaluate_run(translator, prepared.corpus.test)
+        with training.saved_at(result.step, directory):
+            scores, _ = evaluate_run(translator, prepared.corpus.test)
         summary["test"] = scores.to_json()
     summary["seconds"] = time.perf_counter() - began
     training.on_first(lambda: training.finish_run(directory, summary))
