@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import itertools
 import os
 import signal
 import threading
@@ -29,7 +30,6 @@ class Signals:
 
     def __init__(self):
         self._noted: signal.Signals | None = None
-        self._points = 0
         self._before: dict[signal.Signals, Any] = {}
 
     @property
@@ -55,8 +55,7 @@ class Signals:
         """Whether to stop now. All processes ask as often as each other, at the same points."""
         if jax.process_count() == 1:
             return self._noted is not None
-        self._points += 1
-        return multihost_utils.reached_preemption_sync_point(self._points)
+        return multihost_utils.reached_preemption_sync_point(next(_POINTS))
 
     def _note(self, number: int, frame: object) -> None:
         del frame
@@ -67,6 +66,8 @@ class Signals:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+# JAX's service knows points by numbers that grow as long as the process lives.
+_POINTS = itertools.count(1)
 _WAITING: contextvars.ContextVar[Signals | None] = contextvars.ContextVar(
     "waiting", default=None
 )

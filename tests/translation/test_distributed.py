@@ -27,12 +27,13 @@ import jax
 from qkv_jax import cli
 from qkv_jax.training.stopping import Signals
 
-due = Signals.due
+due, asked = Signals.due, []
 
 def slow(signals):
-    if signals._points == 1 and jax.process_index() == 1:
+    asked.append(signals)
+    if len(asked) == 2 and jax.process_index() == 1:
         os.kill(os.getpid(), signal.SIGTERM)
-    if signals._points:
+    if len(asked) > 1:
         time.sleep(0.5)
     return due(signals)
 
