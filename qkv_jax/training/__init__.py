@@ -43,6 +43,7 @@ from qkv_jax.training.sharding import make_mesh as make_mesh
 from qkv_jax.training.sharding import place_batch as place_batch
 from qkv_jax.training.sharding import place_state as place_state
 from qkv_jax.training.sharding import replicated as replicated
+from qkv_jax.training.sharding import row_share as row_share
 from qkv_jax.training.sharding import state_shardings as state_shardings
 from qkv_jax.training.state import TrainState as TrainState
 from qkv_jax.training.state import abstract_state as abstract_state

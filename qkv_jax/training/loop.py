@@ -14,7 +14,6 @@ from rich.console import Console
 
 from qkv_jax.training.adapters import FinetuneConfig, count_params, merge_params
 from qkv_jax.training.checkpoint import CheckpointStore
-from qkv_jax.training.distributed import is_first
 from qkv_jax.training.errors import Interrupted, NotFinite
 from qkv_jax.training.metrics import MetricsWriter, ProgressLine, TrainLog, read_metrics
 from qkv_jax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
@@ -159,6 +158,7 @@ def train(
     optimizer: OptimizerConfig,
     config: TrainingConfig,
     iterator: BatchIterator,
+    share: tuple[int, int] = (0, 1),
     directory: str | os.PathLike,
     evaluate: Callable[[Any], dict[str, float]] | None = None,
     callbacks: Sequence[Callback] = (),
@@ -177,6 +177,8 @@ def train(
         optimizer: see OptimizerConfig.
         config: see TrainingConfig.
         iterator: endless batches, dicts of numpy arrays (B, ...). Only its position is changed.
+        share: (i, n): its arrays are block i of n equal ones of each batch's rows, see row_share;
+            (0, 1): all, the same in all processes.
         directory: of the run: checkpoints/, metrics.jsonl and event files go there. Open it with
             open_run first, so that no other run's is gone on with.
         evaluate: parameters (or their moving average) -> metrics, with the key config.metric.
@@ -230,7 +232,9 @@ def train(
                 session.evaluate_if_pending(state)
                 while not session.ended:
                     rows = _next(iterator)
-                    batch = place_batch(rows, mesh, accumulate=config.accumulate)
+                    batch = place_batch(
+                        rows, mesh, accumulate=config.accumulate, share=share
+                    )
                     state, metrics, compiled = step_fn(state, batch)
                     session.after_step(state, metrics, rows, compiled=compiled)
                     for callback in callbacks:
@@ -346,11 +350,12 @@ class _Session:
 
     def _keep_rows(self, error: NotFinite) -> NotFinite:
         """Saves the batch of the step that failed: that of the last push, or the one before."""
-        file = Path(self.store.directory) / "not_finite.npz"
-        if is_first():
-            rows = self._rows[-1 if self.log.step == self.record.step else 0]
-            content: dict[str, Any] = {"step": self.log.step, **rows}
-            np.savez(file, **content)
+        # Each process has its own rows.
+        part = f".{jax.process_index()}" if jax.process_count() > 1 else ""
+        file = Path(self.store.directory) / f"not_finite{part}.npz"
+        rows = self._rows[-1 if self.log.step == self.record.step else 0]
+        content: dict[str, Any] = {"step": self.log.step, **rows}
+        np.savez(file, **content)
         return NotFinite(f"{error}. Its batch is in {file}")
 
     def _save_if_due(self, state: TrainState) -> None:

@@ -47,7 +47,7 @@ class Task:
     Attributes:
         params: see `train`.
         loss_fn: see `make_train_step`.
-        iterator: see `train`.
+        iterator, share: see `train`.
         evaluate: see `train`.
         finetune: see `train`.
         report: lines about the data.
@@ -65,6 +65,7 @@ class Task:
     params: Any | Callable[[], Any]
     loss_fn: LossFn
     iterator: BatchIterator
+    share: tuple[int, int] = (0, 1)
     evaluate: Evaluate | None = None
     finetune: FinetuneConfig | None = None
     report: Sequence[str] = ()
@@ -183,6 +184,7 @@ def _train_task(
         config=config.training,
         finetune=task.finetune,
         iterator=task.iterator,
+        share=task.share,
         directory=directory,
         evaluate=task.evaluate,
         mesh=mesh,

@@ -25,8 +25,17 @@ STOPPED = """
 import os, signal, sys, time
 import jax
 from qkv_jax import cli
+from qkv_jax.data import BatchStream
 from qkv_jax.training.stopping import Signals
 
+make = BatchStream.__getitem__
+
+def told(stream, index):
+    batch = make(stream, index)
+    print(f"made {len(batch['target'])} rows", flush=True)
+    return batch
+
+BatchStream.__getitem__ = told
 due, asked = Signals.due, []
 
 def slow(signals):
@@ -144,6 +153,11 @@ def test_one_process_goes_on_with_what_two_left_as_one_was_told_to_stop(
     assert codes == [143, 143], printed
     said = [re.findall(r"interrupted: step (\d+) is saved", text) for text in printed]
     assert said[0] == said[1] and 1 < int(said[0][0]) < STEPS
+    # Each made its half of the rows of every batch.
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    for text in printed:
+        made = {int(rows) for rows in re.findall(r"made (\d+) rows", text)}
+        assert made == {rows // 2 for rows in config["batch_rows"]}
     assert one_process(experiment, tmp_path / "run") == 0
     alike(tmp_path / "run", straight)
 
