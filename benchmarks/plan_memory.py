@@ -56,7 +56,7 @@ def measured(setup: Setup, sizes: dict[str, int]) -> dict[str, float]:
     from qkv_jax.models import seq2seq
     from qkv_jax.training.plan import plan_step
     from qkv_jax.translation.run import make_loss
-    from qkv_jax.translation.start import init_params
+    from qkv_jax.translation.models import init_params
 
     config = seq2seq.Config(
         vocabulary=setup.vocabulary,

@@ -18,9 +18,9 @@ from qkv_jax.training import (
     make_mesh,
     make_optimizer,
 )
+from qkv_jax.translation.models import init_params
 from qkv_jax.translation.plan import plan_run, show_plan
 from qkv_jax.translation.run import make_loss
-from qkv_jax.translation.start import init_params
 
 
 def small(**mesh):
