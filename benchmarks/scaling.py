@@ -117,7 +117,7 @@ def seconds_of(step: Callable) -> float:
 
 
 def main(
-    setup: Setup, *, rounds: int = 9, context: str = "ring", only: tuple[str, ...] = ()
+    setup: Setup, *, rounds: int = 9, context: str = "auto", only: tuple[str, ...] = ()
 ) -> None:
     """Step times on meshes of simulated devices, beside one device's.
 

@@ -55,6 +55,7 @@ def prepare(
     *,
     tokenizer: SentenceTokenizer | None = None,
     rows_multiple: int = 1,
+    share: tuple[int, int] = (0, 1),
 ) -> Prepared:
     """Reads, filters, tokenises and batches the corpus of a configuration.
 
@@ -62,6 +63,7 @@ def prepare(
         config: of the run.
         tokenizer: None: one is trained on the corpus.
         rows_multiple: what the rows of every batch are a multiple of.
+        share: which block of its rows the stream gives, see `BatchStream`.
 
     Raises:
         DataError: the text cannot be read, or nothing is left of it.
@@ -95,6 +97,7 @@ def prepare(
         overlong=text.overlong,
         packing=text.packing,
         seed=config.training.seed,
+        share=share,
     )
     report = [] if corpus.report is None else [f"corpus: {corpus.report}"]
     report += [
@@ -156,11 +159,12 @@ def make_task(config: TranslationConfig, mesh: jax.sharding.Mesh) -> training.Ta
         RunError: the mesh does not fit the model.
     """
     multiple = training.batch_shares(mesh) * config.training.accumulate
-    start = started(config)
+    start, share = started(config), training.row_share(mesh)
     prepared = prepare(
         config,
         tokenizer=None if start is None else start.tokenizer,
         rows_multiple=multiple,
+        share=share,
     )
     if config.training.patience is not None and not prepared.corpus.valid:
         raise data.DataError(
@@ -185,6 +189,7 @@ def make_task(config: TranslationConfig, mesh: jax.sharding.Mesh) -> training.Ta
         params=make_params if start is None else start.params,
         loss_fn=_loss(config, model, tokenizer),
         iterator=data.train_iterator(prepared.stream),
+        share=share,
         evaluate=_validation(config, model, prepared, mesh) if has_valid else None,
         finetune=config.finetune,
         report=prepared.report,

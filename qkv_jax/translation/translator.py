@@ -28,6 +28,7 @@ from qkv_jax.training import (
     make_mesh,
     place_batch,
     place_state,
+    stop_point,
 )
 from qkv_jax.training.distributed import fetch
 from qkv_jax.translation import search
@@ -196,6 +197,7 @@ class Translator:
         """`score` of tokens."""
         results = [PairScore(0.0, 0.0, 0)] * len(encoded.source)
         for indices, batch in self._pair_batches(encoded):
+            stop_point()
             prefix = self._prefix_rows([()] * len(indices))
             if prefix is not None:
                 batch = batch | {"prefix": prefix}
@@ -346,6 +348,7 @@ class Translator:
         ]
         banned = tuple(self._content(text) for text in wishes.banned)
         for indices, source in self._source_batches(texts):
+            stop_point()
             rows = [i if i >= 0 else None for i in indices]
             found = fetch(
                 self.search(
