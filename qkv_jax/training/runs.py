@@ -73,7 +73,9 @@ def check_config(directory: str | os.PathLike, config: Mapping[str, Any]) -> Non
     """
     there = read_config(directory)
     here = json.loads(json.dumps(config))
-    _refuse(directory, _differences({n: x for n, x in there.items() if n in here}, here))
+    _refuse(
+        directory, _differences({n: x for n, x in there.items() if n in here}, here)
+    )
 
 
 @contextlib.contextmanager

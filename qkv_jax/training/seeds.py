@@ -41,9 +41,7 @@ def train_seeds(config: Trainable, *, console: Console | None = None) -> dict[st
     return summary
 
 
-def _one(
-    config: Any, seed: int, directory: Path, console: Console
-) -> dict[str, Any]:
+def _one(config: Any, seed: int, directory: Path, console: Console) -> dict[str, Any]:
     config = in_directory(config, directory / f"seed-{seed}")
     config = dataclasses.replace(
         config, training=dataclasses.replace(config.training, seed=seed)

@@ -1,0 +1,39 @@
+"""MovieTweetings, what a user rates next: BERT4Rec (Sun et al. 2019, arXiv 1904.06690).
+
+    qkv-jax train experiments/recommendation/bert4rec.py --data.directory ../shared/data/movietweetings100k
+
+Floor: popularity alone, HR@10 0.1549 (`python -m benchmarks.popularity`). Aim: 0.20. Hardware, time
+and result: README.md beside this file.
+"""
+
+from pathlib import Path
+
+from qkv_jax.data.ratings import Ratings
+from qkv_jax.models import recommender
+from qkv_jax.tasks import TaskConfig
+from qkv_jax.tasks.ranking import Ranking
+from qkv_jax.training import OptimizerConfig, TrainingConfig
+
+CONFIG = TaskConfig(
+    data=Ratings(directory=Path("movietweetings100k")),
+    model=recommender.bert4rec(dropout=0.3),
+    batch_rows=32,
+    eval_rows=512,
+    score=Ranking(),
+    optimizer=OptimizerConfig(
+        name="adamw",
+        peak_lr=2e-3,
+        warmup_steps=100,
+        schedule="linear",
+        weight_decay=0.2,
+    ),
+    training=TrainingConfig(
+        steps=1110,
+        evaluate_every=111,
+        checkpoint_every=1110,
+        keep=1,
+        metric="ndcg@10",
+        mode="max",
+        log_every=37,
+    ),
+)
