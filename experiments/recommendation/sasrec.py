@@ -2,8 +2,9 @@
 
     qkv-jax train experiments/recommendation/sasrec.py --data.directory ../shared/data/movietweetings100k
 
-Floor: popularity alone, HR@10 0.1549 (`python -m benchmarks.popularity`). Aim: 0.20. Hardware, time
-and result: README.md beside this file.
+Floor: popularity alone, HR@10 0.1549 (`python -m benchmarks.popularity`). Aim: 0.20. Measured:
+0.2262. Hardware, time and what else was tried: README.md beside this file. Sizes are near the
+paper's; its loss is cross-entropy over all items, its rate decays to 0 within 30 epochs.
 """
 
 from pathlib import Path
@@ -22,10 +23,10 @@ CONFIG = TaskConfig(
     score=Ranking(),
     optimizer=OptimizerConfig(
         name="adamw",
-        peak_lr=2e-3,
+        peak_lr=6e-3,
         warmup_steps=100,
         schedule="linear",
-        weight_decay=0.2,
+        weight_decay=0.3,
     ),
     training=TrainingConfig(
         steps=1110,

@@ -215,9 +215,10 @@ class Model(nnx.Module):
 
     def _graphs(self, batch: dict[str, Array], rng: Array | None) -> Array:
         arrays = [batch[name] for name in ("features", "receivers", "senders")]
-        rngs = split_rng(rng, len(arrays[0]))
-        graphs = (self(*graph, rng=one) for *graph, one in zip(*arrays, rngs))
-        return jnp.stack(list(graphs))
+        if rng is None:
+            return jax.vmap(self)(*arrays)
+        rngs = jax.random.split(rng, len(arrays[0]))
+        return jax.vmap(lambda *graph, one: self(*graph, rng=one))(*arrays, one=rngs)
 
     def _squares(self) -> Array:
         """Half the sum of all squared weights, without the biases."""
