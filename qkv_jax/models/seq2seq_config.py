@@ -160,6 +160,11 @@ class Config:
                     f"d_model = {self.d_model}, heads = {heads}."
                 )
 
+    @property
+    def cross_layers(self) -> list[str]:
+        """Names of the attention of the target to the source, in order."""
+        return [f"decoder.{i}.cross" for i in range(self.decoder_layers)]
+
     def side(self, name: Literal["encoder", "decoder"]) -> tuple[int, int, int, int]:
         """Heads N, key heads K, head size H and feed-forward width F of a side."""
         heads, width = self.heads, self.d_ff

@@ -12,9 +12,9 @@ from experiments.translation import multi30k
 from experiments.translation.multi30k import CONFIG
 from qkv_jax.models import seq2seq
 from qkv_jax.training import MeshConfig, RunError
+from qkv_jax.translation.models import init_params
 from qkv_jax.translation.plan import plan_run, show_plan
 from qkv_jax.translation.run import make_loss
-from qkv_jax.translation.start import init_params
 
 
 def small(**mesh):
