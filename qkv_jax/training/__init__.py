@@ -35,6 +35,7 @@ from qkv_jax.training.runs import is_finished as is_finished
 from qkv_jax.training.runs import locked as locked
 from qkv_jax.training.runs import open_run as open_run
 from qkv_jax.training.runs import read_config as read_config
+from qkv_jax.training.seeds import train_seeds as train_seeds
 from qkv_jax.training.sharding import MeshConfig as MeshConfig
 from qkv_jax.training.sharding import auto_mesh as auto_mesh
 from qkv_jax.training.sharding import batch_shares as batch_shares
