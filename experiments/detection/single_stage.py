@@ -1,6 +1,9 @@
-"""Blood cells by a single-stage detector: a heat map of centres, a box at each cell, attention between.
+"""Blood cells in one stage: a heat map of centres, a box at each cell, attention between.
 
     qkv-jax train experiments/detection/single_stage.py --data.path ../shared/data/bccd/bccd_160x120.npz
+
+Hardware, time and result: README.md beside this file. Expected: AP50 0.80 on the test part; measured:
+0.862. The head is CenterNet's and TTFNet's, the neck RT-DETR's; rates and sizes are our own.
 """
 
 from pathlib import Path

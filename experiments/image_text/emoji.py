@@ -1,6 +1,9 @@
 """Emoji in two drawing styles and their names in three languages: retrieval and captions.
 
     qkv-jax train experiments/image_text/emoji.py --data.directory ../shared/data/emoji
+
+From one style to the other: --data.styles google --data.test-styles twitter. Result: README.md beside
+this file; expected: recall@1 of 20 % among 357, where chance is 0.3 %. Sizes and rates are our own.
 """
 
 from pathlib import Path

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -103,7 +104,7 @@ class BoxedImages:
             ends, content = found["jpeg_offsets"], found["jpeg"].tobytes()
             pictures = (
                 Image.open(io.BytesIO(content[start:end])).convert("RGB")
-                for start, end in zip(ends[:-1], ends[1:])
+                for start, end in itertools.pairwise(ends)
             )
             try:
                 images = np.stack([np.asarray(picture) for picture in pictures])

@@ -93,7 +93,7 @@ class CaptionedImages:
             sizes={"vocabulary": size + len(self.languages), "longest": T},
             names=(*pieces, *(f"<{tag}>" for tag in self.languages)),
             report=(
-                f"captions in {', '.join(self.languages)} of up to {T} tokens, "
+                f"captions in {', '.join(self.languages)} of up to {T} tokens",
                 f"pictures by {', '.join(self.styles)}",
             ),
         )
@@ -110,9 +110,7 @@ class CaptionedImages:
                 "--data.directory names its folder"
             ) from error
         for number, row in enumerate(rows, start=1):
-            lacking = [
-                x for x in needed if not isinstance(row, dict) or not row.get(x)
-            ]
+            lacking = [x for x in needed if not isinstance(row, dict) or not row.get(x)]
             if lacking:
                 raise DataError(f"{path}, line {number}: there is no {lacking[0]!r}")
         return rows

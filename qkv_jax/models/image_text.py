@@ -5,7 +5,8 @@ end is what is compared with the picture, and its states before go on to the cap
 attend to the picture's patches through gates (Flamingo: Alayrac et al. 2022, arXiv 2204.14198).
 """
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -70,8 +71,15 @@ class Config:
     smoothing: float = 0.1
     caption_weight: float = 0.5
     dropout: float = 0.1
-    augmentation: Augmentation | None = Augmentation(
-        flip="", scale=(0.85, 1.15), shift=0.08, contrast=0.15, colour=0.05
+    augmentation: Augmentation | None = field(
+        default_factory=functools.partial(
+            Augmentation,
+            flip="",
+            scale=(0.85, 1.15),
+            shift=0.08,
+            contrast=0.15,
+            colour=0.05,
+        )
     )
 
     def __post_init__(self):
@@ -137,7 +145,9 @@ class Model(nnx.Module):
             make_norm(D, "layer", 1e-5, jnp.float32, rngs) for _ in range(3)
         )
         self.to_image, self.to_text = (_space(config, rngs) for _ in range(2))
-        self.scale = nnx.Param(-jnp.log(jnp.full((1,), config.temperature)), axes=(None,))
+        self.scale = nnx.Param(
+            -jnp.log(jnp.full((1,), config.temperature)), axes=(None,)
+        )
 
     def patches(self, pixels: Array, *, rng: Array | None = None) -> Array:
         """pixels (B, H, W, 3) about 0 -> (B, P, D)."""
@@ -194,11 +204,9 @@ class Model(nnx.Module):
         """
         rngs, weight, tokens = split_rng(rng, 5), batch["weight"], batch["tokens"]
         images = batch["image"]
-        if rng is not None:
+        if rngs[0] is not None:
             drawn = jax.random.randint(rngs[0], (len(weight),), 0, images.shape[1])
-            images = jnp.take_along_axis(
-                images, drawn.reshape(-1, 1, 1, 1, 1), axis=1
-            )
+            images = jnp.take_along_axis(images, drawn.reshape(-1, 1, 1, 1, 1), axis=1)
         (B, S), (_, L, T) = images.shape[:2], tokens.shape
         pixels = normalise(images.reshape(B * S, *images.shape[2:]))
         if rngs[1] is not None and self.config.augmentation is not None:
@@ -253,7 +261,8 @@ class Model(nnx.Module):
         heads = self.config.heads
         blocks = [*self.text_blocks, *self.caption_blocks]
         caches = [
-            KVCache.zeros(B * L, steps, heads, D // heads, patches.dtype) for _ in blocks
+            KVCache.zeros(B * L, steps, heads, D // heads, patches.dtype)
+            for _ in blocks
         ]
         ancestry = Ancestry.start(B * L, 1, steps)
 
@@ -282,18 +291,20 @@ class Model(nnx.Module):
     def _compare(self, images: Array, texts: Array, weight: Array) -> Array:
         """Cross-entropy of finding each other among the batch's rows, both ways: (B,)."""
         cosines = jnp.einsum("BSW,CLW->SLBC", images, texts)
-        logits = cosines * jnp.exp(jnp.minimum(self.scale[...], 4.6)).reshape(1, 1, 1, 1)
+        logits = cosines * jnp.exp(jnp.minimum(self.scale[...], 4.6)).reshape(
+            1, 1, 1, 1
+        )
         own = jnp.eye(weight.shape[0], dtype=bool)[None, None]
         absent = jnp.where(weight > 0, 0.0, -1e9).reshape(1, 1, 1, -1)
         smoothing = self.config.smoothing
-        both = []
+        total = jnp.zeros_like(logits[..., 0])
         for found in (logits, logits.swapaxes(2, 3)):
             odds = jax.nn.log_softmax(found + absent, axis=-1)
             picked = jnp.sum(jnp.where(own, odds, 0.0), axis=-1)
             present = jnp.where(absent < 0, 0.0, odds).sum(axis=-1)
             even = present / jnp.maximum(weight.sum(), 1.0)
-            both.append(-(1 - smoothing) * picked - smoothing * even)
-        return (sum(both) / 2).mean(axis=(0, 1))
+            total = total - (1 - smoothing) * picked - smoothing * even
+        return total.mean(axis=(0, 1)) / 2
 
     def _told(self, logits: Array, labels: Array) -> tuple[Array, Array]:
         """Mean cross-entropy and accuracy of captions' tokens: (B,) each."""

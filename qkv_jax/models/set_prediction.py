@@ -5,8 +5,9 @@ For small data the queries carry reference boxes that each layer refines (DAB-DE
 2022, arXiv 2201.12329), and look about them first (SMCA: Gao et al. 2021, arXiv 2101.07448).
 """
 
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
@@ -43,8 +44,10 @@ class Config:
     """
 
     classes: int = 0
-    pyramid: PyramidConfig = PyramidConfig()
-    augmentation: Augmentation | None = Augmentation(flip="xy")
+    pyramid: PyramidConfig = field(default_factory=PyramidConfig)
+    augmentation: Augmentation | None = field(
+        default_factory=functools.partial(Augmentation, flip="xy")
+    )
     queries: int = 60
     layers: int = 3
     heads: int = 4

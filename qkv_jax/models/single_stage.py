@@ -5,7 +5,8 @@ sides (FCOS: Tian et al. 2019, arXiv 1904.01355), trained in a region about each
 TTFNet (Liu et al. 2020, arXiv 1909.00700); the neck attends over the whole picture.
 """
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +35,10 @@ class Config:
     """
 
     classes: int = 0
-    pyramid: PyramidConfig = PyramidConfig()
-    augmentation: Augmentation | None = Augmentation(flip="xy")
+    pyramid: PyramidConfig = field(default_factory=PyramidConfig)
+    augmentation: Augmentation | None = field(
+        default_factory=functools.partial(Augmentation, flip="xy")
+    )
     spread: float = 0.1
     box_weight: float = 2.0
     detections: int = 60

@@ -163,7 +163,8 @@ def _by_pycocotools(outputs: Arrays, arrays: Arrays, classes: int) -> np.ndarray
             "iscrowd": 0,
         }
 
-    truths, found = [], []
+    truths: list[dict] = []
+    found: list[dict] = []
     for row in range(len(arrays["boxes"])):
         for box, kind in zip(arrays["boxes"][row], arrays["classes"][row]):
             if kind >= 0:

@@ -52,7 +52,12 @@ def test_duplicates_of_a_class_are_ruled_out_by_what_stays():
         [
             [0.0, 0.0, 10.0, 10.0],
             [0.0, 0.0, 10.0, 8.0],  # IoU 0.8 with the first: out
-            [0.0, 0.0, 10.0, 6.0],  # 0.75 with the second alone, which is out; 0.6 with the first
+            [
+                0.0,
+                0.0,
+                10.0,
+                6.0,
+            ],  # 0.75 with the second alone, which is out; 0.6 with the first
             [0.0, 0.0, 10.0, 10.0],  # another class
             [20.0, 0.0, 30.0, 10.0],
         ]

@@ -37,8 +37,8 @@ def tiny(kind, *, classes: int = 2):
     return kind.Config(
         classes=classes,
         pyramid=PyramidConfig(
-            widths=(8, 8, 16),
-            blocks=(0, 1, 0),
+            widths=(8, 8),
+            blocks=(0, 1),
             groups=4,
             d_model=16,
             heads=2,
