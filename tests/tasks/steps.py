@@ -39,12 +39,7 @@ def step_losses(
     step = make_train_step(make_loss(model), optimizer, mesh=devices)
     rows = take_rows(arrays, np.arange(len(next(iter(arrays.values())))))
     batch, losses = place_batch(rows, devices), []
-    # Compiling takes nearly all of the time, and half of that goes into speed.
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        for _ in range(steps):
-            state, metrics = step(state, batch)
-            losses.append(float(metrics["loss"]))
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+    for _ in range(steps):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
     return losses
