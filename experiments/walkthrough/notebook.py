@@ -8,14 +8,14 @@ HERE = Path(__file__).parent
 
 def cells(script: str) -> list[dict]:
     """The cells of a script in which each starts with `# %%`, as a notebook's."""
-    made = []
+    made: list[dict] = []
     for number, part in enumerate(script.split("# %%")[1:]):
         head, _, body = part.partition("\n")
         lines = body.strip("\n").splitlines()
         markdown = head.strip() == "[markdown]"
         if markdown:
             lines = [line.removeprefix("#").removeprefix(" ") for line in lines]
-        cell = {
+        cell: dict = {
             "cell_type": "markdown" if markdown else "code",
             "id": f"cell-{number}",
             "metadata": {},

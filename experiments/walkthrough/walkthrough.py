@@ -22,6 +22,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
@@ -236,10 +237,8 @@ show(
 # domain).
 
 # %%
-from matplotlib.cbook import get_sample_data
-
-with get_sample_data("grace_hopper.jpg") as file:
-    photograph = plt.imread(file, format="jpg")
+sample = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
+photograph = plt.imread(sample)
 P = 32
 height, width = (photograph.shape[0] // P, photograph.shape[1] // P)
 photograph = photograph[: height * P, : width * P]
@@ -249,7 +248,7 @@ colours = (
     .mean(axis=(2, 4))
     .reshape(-1, 48)
 )
-places = np.stack(np.mgrid[:height, :width], -1).reshape(-1, 2) / height
+places = np.indices((height, width)).reshape(2, -1).T / height
 features = normalise(
     np.concatenate([colours, 2 * np.repeat(places, 6, axis=-1)], axis=-1)
 )

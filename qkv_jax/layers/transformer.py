@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from qkv_jax.layers.attention import MultiHeadAttention
@@ -35,8 +36,8 @@ class Residual(nnx.Module):
         dropout_rate: float,
         norm: Normalisation = "layer",
         epsilon: float = 1e-5,
-        dtype,
-        rngs,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
     ):
         self.norm = make_norm(d_model, norm, epsilon, dtype, rngs)
         self.place = place
