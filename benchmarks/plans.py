@@ -31,6 +31,7 @@ def plan(model: str, length: int, axis: str) -> dict[str, Any]:
         "model.encoder-layers": 6,
         "model.decoder-layers": 6,
         "model.dtype": "bfloat16",
+        "model.context": "ring",
         "text.vocabulary": 32_000,
         "text.max-source": length,
         "text.max-target": length,

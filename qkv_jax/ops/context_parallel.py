@@ -116,8 +116,8 @@ def context_parallel_attention(
             "zigzag": the same with equal work under a causal mask, lengths are permuted inside
             and come back in order; "ulysses": heads are shared out in place of the length, for
             which the mesh axis has to divide those of a device; "gather": all keys come to each
-            device at once, in O(T / n + S) memory; "auto": "gather" where the pairs of a device
-            are so few that it computes them at once, else "ring".
+            device at once, in O(T / n + S) memory; "auto": where the pairs of a device are so few
+            that it computes them at once, "ulysses" if that goes, else "gather"; else "ring".
         mesh: None: that of `jax.set_mesh`.
         axis: the mesh axis that shares out T and S; one that the mesh lacks counts as of size 1.
         batch_axes: those that share out B.
@@ -148,7 +148,7 @@ def context_parallel_attention(
     heads = head_axis if shares > 1 and N % shares == 0 else None
     shares = shares if heads else 1
     check_method(method, heads=N // shares, devices=devices)
-    method = _chosen(method, T // devices * S)
+    method = _chosen(method, T // devices * S, heads=N // shares, devices=devices)
     key, value = (_enough_heads(x, N, shares) for x in (key, value))
     limits = blockwise.choose_limits(mask, (B, N, T, S))
     parts = devices * _halves(method)
@@ -265,7 +265,7 @@ def shard_attention(
     (B, T, N, _), S = query.shape, key.shape[1]
     devices = jax.lax.axis_size(axis)
     check_method(method, heads=N, devices=devices)
-    method = _chosen(method, T * S * devices)
+    method = _chosen(method, T * S * devices, heads=N, devices=devices)
     if method == "zigzag" and (T % 2 or S % 2):
         raise ValueError(
             f"zigzag needs an even number of queries and keys on a device; got {T} and {S}."
@@ -346,11 +346,18 @@ def check_method(method: str, *, heads: int, devices: int) -> None:
         )
 
 
-def _chosen(method: ContextMethod, pairs: int) -> ContextMethod:
-    """A method for so many queries of a device and keys of the whole."""
+def _chosen(
+    method: ContextMethod, pairs: int, *, heads: int, devices: int
+) -> ContextMethod:
+    """A method for so many pairs of a device's queries and all keys, and for a device's heads.
+
+    By the CPU time of short ones on simulated devices, see `python -m benchmarks.scaling`.
+    """
     if method != "auto":
         return method
-    return "gather" if pairs <= DENSE_PAIRS else "ring"
+    if pairs > DENSE_PAIRS:
+        return "ring"
+    return "gather" if heads % devices else "ulysses"
 
 
 def _attend_here(

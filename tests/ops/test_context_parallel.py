@@ -280,6 +280,19 @@ def test_long_sequences_on_a_mesh_are_shared_out_by_rows_and_heads(monkeypatch):
     assert seen == [(1, 312, 2, 3)]
 
 
+@pytest.mark.parametrize(
+    "T, N, sent",
+    [(16, 4, "all_to_all"), (16, 3, "all_gather"), (64, 4, "collective_permute")],
+)
+def test_a_method_is_chosen_by_lengths_and_heads(T, N, sent, monkeypatch):
+    monkeypatch.setattr(context_parallel, "DENSE_PAIRS", 16 * 16)
+    mesh = mesh_of(context=2)
+    run = functools.partial(context_parallel_attention, mesh=mesh, method="auto")
+    text = jax.jit(run).lower(*qkv(T=T, S=T, N=N, K=1)).as_text()
+    kinds = ("all_to_all", "all_gather", "collective_permute")
+    assert [kind for kind in kinds if f"stablehlo.{kind}" in text] == [sent]
+
+
 def test_patterns_keep_their_meaning():
     mesh = mesh_of(context=4)
     arrays = qkv(B=1, T=20, S=20)
