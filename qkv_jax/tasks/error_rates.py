@@ -1,7 +1,8 @@
 """Word and character error rates of what was recognised."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -16,8 +17,8 @@ class ErrorRates:
 
     def __call__(
         self,
-        outputs: dict[str, np.ndarray],
-        arrays: dict[str, np.ndarray],
+        outputs: Mapping[str, np.ndarray],
+        arrays: Mapping[str, np.ndarray],
         names: Sequence[str],
     ) -> dict[str, float]:
         """Rates of outputs["tokens"] (rows, U), pieces of `names`, against arrays["text"].
@@ -25,9 +26,29 @@ class ErrorRates:
         Raises:
             ValueError: there is no word to recognise.
         """
-        said = [bytes(row).rstrip(b"\0").decode() for row in arrays["text"]]
-        heard = [spell(row, names) for row in outputs["tokens"]]
-        return error_rates(said, heard)
+        return error_rates(*_lines(outputs, arrays, names))
+
+    def draw(
+        self,
+        outputs: Mapping[str, np.ndarray],
+        arrays: Mapping[str, np.ndarray],
+        names: Sequence[str],
+        directory: Path,
+    ) -> None:
+        """Writes recognised.tsv: what was said, and what was heard, an utterance a line."""
+        pairs = zip(*_lines(outputs, arrays, names))
+        lines = [f"{said}\t{heard}\n" for said, heard in pairs]
+        (directory / "recognised.tsv").write_text("".join(lines), encoding="utf-8")
+
+
+def _lines(
+    outputs: Mapping[str, np.ndarray],
+    arrays: Mapping[str, np.ndarray],
+    names: Sequence[str],
+) -> tuple[list[str], list[str]]:
+    """What was said, and what was heard."""
+    said = [bytes(row).rstrip(b"\0").decode() for row in arrays["text"]]
+    return said, [spell(row, names) for row in outputs["tokens"]]
 
 
 def error_rates(

@@ -39,7 +39,7 @@ def test_no_words_have_no_rate():
         error_rates(["A"], [])
 
 
-def test_tokens_are_spelled_up_to_the_end():
+def test_tokens_are_spelled_up_to_the_end(tmp_path):
     names = ("<pad>", "<s>", "</s>", "<unk>", "▁ON", "E", "▁")
     assert spell([4, 5, 6, 5, 2, 4], names) == "ONE E"
     text = np.zeros((1, 9), np.uint8)
@@ -47,3 +47,5 @@ def test_tokens_are_spelled_up_to_the_end():
     tokens = np.array([[0, 4, 5, 6, 5, 0]])
     rates = ErrorRates()({"tokens": tokens}, {"text": text}, names)
     assert rates == {"wer": 0.0, "cer": 0.0, "exact": 100.0}
+    ErrorRates().draw({"tokens": tokens}, {"text": text}, names, tmp_path)
+    assert (tmp_path / "recognised.tsv").read_text("utf-8") == "ONE E\tONE E\n"
