@@ -16,7 +16,7 @@ TREES = [ROOT / name for name in ("qkv_jax", "experiments", "benchmarks", "tests
 ALLOWED: dict[str, set[str]] = {
     "ops": set(),
     "layers": {"ops"},
-    "models": {"ops", "layers"},
+    "models": {"ops", "layers", "decoding"},
     "decoding": {"ops"},
     "training": {"ops"},
     "compression": {"ops", "layers"},

@@ -1,11 +1,16 @@
 """Search over `step(tokens, cache) -> (logits, cache)`: greedy, beam and sampling, under rules.
 
-Also: ensembles as one step, scores of known targets, and minimum-Bayes-risk choice by chrF.
+Also: ensembles as one step, CTC alone or joined with a decoder as one, scores of known targets, and minimum-Bayes-risk choice by chrF.
 """
 
 from qkv_jax.decoding.beam import beam_search as beam_search
 from qkv_jax.decoding.character_ngrams import chrf as chrf
 from qkv_jax.decoding.constraints import Constraints as Constraints
+from qkv_jax.decoding.ctc import JointCache as JointCache
+from qkv_jax.decoding.ctc import PrefixCache as PrefixCache
+from qkv_jax.decoding.ctc import ctc_greedy as ctc_greedy
+from qkv_jax.decoding.ctc import joint_step as joint_step
+from qkv_jax.decoding.ctc import prefix_step as prefix_step
 from qkv_jax.decoding.ensembles import EnsembleCache as EnsembleCache
 from qkv_jax.decoding.ensembles import average_log_probs as average_log_probs
 from qkv_jax.decoding.ensembles import ensemble as ensemble

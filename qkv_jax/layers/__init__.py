@@ -4,6 +4,8 @@ A parameter's `axes` metadata names its logical axes, which training/sharding.py
 """
 
 from qkv_jax.layers.attention import MultiHeadAttention as MultiHeadAttention
+from qkv_jax.layers.convolution import Convolution as Convolution
+from qkv_jax.layers.convolution import windows as windows
 from qkv_jax.layers.embedding import AddPositions as AddPositions
 from qkv_jax.layers.embedding import Embedding as Embedding
 from qkv_jax.layers.embedding import Positions as Positions
@@ -19,3 +21,4 @@ from qkv_jax.layers.recurrent import RecurrentAttention as RecurrentAttention
 from qkv_jax.layers.transformer import DecoderBlock as DecoderBlock
 from qkv_jax.layers.transformer import EncoderBlock as EncoderBlock
 from qkv_jax.layers.transformer import NormPlace as NormPlace
+from qkv_jax.layers.transformer import Residual as Residual

@@ -84,6 +84,8 @@ class TaskConfig:
             sizes are set to these.
         batch_rows: examples of an update.
         eval_rows: examples evaluated at once; None: batch_rows.
+        lengths: to how few lengths batches of padded examples are cut, see `Cut`; each costs a
+            compilation. 1: none is cut.
         score: the `Scorer`; None: means of the model's sums are all that is reported.
         optimizer, training, mesh: how it is trained, and on which devices.
         run: where the run lies.
@@ -94,6 +96,7 @@ class TaskConfig:
     model: Any
     batch_rows: int = 64
     eval_rows: int | None = None
+    lengths: int = 1
     score: Any = None
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     training: TrainingConfig
@@ -108,6 +111,8 @@ class TaskConfig:
             rows = getattr(self, name)
             if rows is not None and rows < 1:
                 raise ValueError(f"{name} must be positive; got {rows}.")
+        if self.lengths < 1:
+            raise ValueError(f"lengths must be positive; got {self.lengths}.")
         # A warm-up that does not fit into the steps is an error before anything is written.
         make_schedule(self.optimizer, self.training.steps)
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from qkv_jax import training
 from qkv_jax.data import train_iterator
-from qkv_jax.data.splits import Arrays, ExampleStream, Splits, example_batches
+from qkv_jax.data.splits import Arrays, Cut, ExampleStream, Splits, example_batches
 from qkv_jax.tasks.config import TaskConfig, fill_sizes, new_model
 from qkv_jax.training import RunError
 
@@ -45,8 +45,11 @@ class TrainedModel:
 
     def predict(self, arrays: Arrays) -> dict[str, np.ndarray]:
         """The model's predictions for some examples, rows first, on the host."""
-        rows = _eval_rows(self.config, self.mesh)
-        return _predictions(self.model, arrays, rows, self.mesh)(self.params)
+        rows, cut = (
+            _eval_rows(self.config, self.mesh),
+            Cut.choose(self.splits, self.config.lengths),
+        )
+        return _predictions(self.model, arrays, rows, cut, self.mesh)(self.params)
 
 
 def make_task(config: TaskConfig, mesh: Mesh) -> training.Task:
@@ -70,7 +73,11 @@ def make_task(config: TaskConfig, mesh: Mesh) -> training.Task:
     model = fill_sizes(config.model, splits.sizes)
     share = training.row_share(mesh)
     stream = ExampleStream(
-        splits.train, rows=config.batch_rows, seed=config.training.seed, share=share
+        splits.train,
+        rows=config.batch_rows,
+        seed=config.training.seed,
+        cut=Cut.choose(splits, config.lengths),
+        share=share,
     )
     evaluate = None
     if len(next(iter(splits.valid.values()), ())):
@@ -177,12 +184,12 @@ def _evaluation(
     directory: Path | None = None,
 ) -> Callable[[Any], dict[str, float]]:
     """parameters -> metrics on some examples; what the scorer draws goes into the directory."""
-    rows = _eval_rows(config, mesh)
+    rows, cut = _eval_rows(config, mesh), Cut.choose(splits, config.lengths)
     step = training.make_eval_step(make_loss(model), mesh=mesh)
-    predict = _predictions(model, arrays, rows, mesh) if config.score else None
+    predict = _predictions(model, arrays, rows, cut, mesh) if config.score else None
 
     def evaluate(params: Any) -> dict[str, float]:
-        batches = (batch for _, batch in example_batches(arrays, rows=rows))
+        batches = (batch for _, batch in example_batches(arrays, rows=rows, cut=cut))
         values = training.evaluate_loss(step, params, batches, mesh=mesh)
         del values["tokens"]
         if predict is not None:
@@ -202,7 +209,7 @@ def _evaluation(
 
 
 def _predictions(
-    model: Any, arrays: Arrays, rows: int, mesh: Mesh
+    model: Any, arrays: Arrays, rows: int, cut: Cut, mesh: Mesh
 ) -> Callable[[Any], dict[str, np.ndarray]]:
     """parameters -> the model's predictions for all examples, on the host."""
     graph = _halves(model)[0]
@@ -219,14 +226,17 @@ def _predictions(
     )
 
     def predict(params: Any) -> dict[str, np.ndarray]:
-        parts = []
-        for indices, batch in example_batches(arrays, rows=rows):
+        parts, order = [], []
+        for indices, batch in example_batches(arrays, rows=rows, cut=cut):
             training.stop_point()
             found = jax.device_get(compiled(params, training.place_batch(batch, mesh)))
             real = indices >= 0
             parts.append({name: array[real] for name, array in found.items()})
+            order.append(indices[real])
+        back = np.argsort(np.concatenate(order))
         return {
-            name: np.concatenate([part[name] for part in parts]) for name in parts[0]
+            name: np.concatenate([part[name] for part in parts])[back]
+            for name in parts[0]
         }
 
     return predict

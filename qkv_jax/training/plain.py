@@ -59,7 +59,9 @@ def from_plain(kind: Any, content: Any) -> Any:
         parts = {name: from_plain(hints[name], x) for name, x in fields.items()}
         return kind(**parts)  # type: ignore[operator]
     if typing.get_origin(kind) is tuple:
-        return tuple(content)
+        of = typing.get_args(kind) or (Any, ...)
+        of = of[:1] * len(content) if of[-1] is Ellipsis else of
+        return tuple(from_plain(k, x) for k, x in zip(of, content, strict=True))
     return Path(content) if kind is Path else content
 
 
