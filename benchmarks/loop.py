@@ -27,7 +27,8 @@ from benchmarks.kill_resume import write_corpus
 from qkv_jax import training
 from qkv_jax.data import ParallelData
 from qkv_jax.models import seq2seq
-from qkv_jax.translation import TextConfig, TranslationConfig, demo, train_run
+from qkv_jax.training import in_directory, train_task
+from qkv_jax.translation import TextConfig, TranslationConfig, demo
 from qkv_jax.translation.run import make_loss
 from qkv_jax.translation.start import init_params
 
@@ -131,7 +132,7 @@ def memory(steps: int) -> None:
                 log_every=10,
             ),
         )
-        config = demo.in_directory(config, Path(root) / "run")
+        config = in_directory(config, Path(root) / "run")
         found: list[tuple[int, float]] = []
         push = training.metrics.TrainLog.push
 
@@ -141,7 +142,7 @@ def memory(steps: int) -> None:
                 found.append((step, resident()))
 
         training.metrics.TrainLog.push = watched  # type: ignore[method-assign]
-        train_run(config, console=Console(file=io.StringIO()))
+        train_task(config, console=Console(file=io.StringIO()))
     print("memory, MB: " + ", ".join(f"step {s}: {mb:.0f}" for s, mb in found))
     middle, last = found[len(found) // 2 - 1][1], found[-1][1]
     print(

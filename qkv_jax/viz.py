@@ -68,17 +68,19 @@ _SPEED = _Curve("train/tokens_per_second", "", _TRAIN)
 _NORM = _Curve("train/grad_norm", "", _TRAIN)
 
 _PANELS = (
-    _pair("Loss", "nats per target token", "loss", min),
+    _pair("Loss", "mean over the training units", "loss", min),
     _pair("Negative log-likelihood", "nats per target token", "nll", min),
     _pair("Token accuracy", "share of target tokens", "correct", max),
+    _pair("Accuracy", "share of examples", "accuracy", max),
     _Panel("Translation quality", "validation score (0 to 100)", _QUALITY),
     _Panel("Learning rate", "learning rate", (_RATE,)),
-    _Panel("Throughput", "target tokens per second", (_SPEED,)),
+    _Panel("Throughput", "units per second", (_SPEED,)),
     _Panel("Gradient norm", "norm before clipping", (_NORM,), "log"),
 )
 
 # Short spellings of the groups of keys.
 _GROUPS = {"": "train", "valid": "validation"}
+_EVALUATION = ("valid", "validation")
 
 
 def plot_curves(
@@ -95,9 +97,9 @@ def plot_curves(
 
     Args:
         metrics: metrics.jsonl, or its rows: `step` and any of loss, nll (nats per target token),
-            correct, learning_rate, tokens_per_second, grad_norm, each bare or with `train/`
-            before it; of evaluations loss, nll, correct, bleu, chrf after `validation/` or
-            `valid/`.
+            correct, accuracy, learning_rate, tokens_per_second, grad_norm, each bare or with
+            `train/` before it; of evaluations loss, nll, correct, bleu, chrf and any other
+            metric after `validation/` or `valid/`.
         path: picture to write; its suffix names the format (png, pdf, svg).
         title: stands above the panels.
 
@@ -113,6 +115,7 @@ def plot_curves(
         metrics = _read(Path(metrics))
     series = _series(metrics)
     panels = [p for p in _PANELS if any(curve.key in series for curve in p.curves)]
+    panels += _other_panels(series)
     if not panels:
         keys = ", ".join(curve.key for panel in _PANELS for curve in panel.curves)
         raise ValueError(
@@ -135,6 +138,17 @@ def plot_curves(
         _set_title(figure, title)
     _save(figure, path)
     return figure
+
+
+def _other_panels(series: Mapping[str, Any]) -> list[_Panel]:
+    """A panel for each metric of evaluations that no other panel has."""
+    known = {curve.key for panel in _PANELS for curve in panel.curves}
+    names = [key for key in series if key.startswith("validation/")]
+    return [
+        _Panel(key.removeprefix("validation/"), "", (_Curve(key, "", _VALIDATION),))
+        for key in names
+        if key not in known
+    ]
 
 
 def _read(path: Path) -> list[Mapping[str, Any]]:
@@ -163,7 +177,7 @@ def _series(
             group, _, key = name.rpartition("/")
             key = f"{_GROUPS.get(group, group)}/{key}"
             if (
-                key in known
+                (key in known or group in _EVALUATION)
                 and value is not None
                 and math.isfinite(value)
                 and "step" in row

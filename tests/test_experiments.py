@@ -2,12 +2,14 @@
 
 import functools
 import importlib.util
+import json
 import re
 from pathlib import Path
 
 import jax
 import pytest
 
+from qkv_jax.tasks import TaskConfig
 from qkv_jax.training import read_metrics
 from qkv_jax.translation.run import make_loss
 from qkv_jax.translation.start import init_params
@@ -25,7 +27,13 @@ def load(file):
     return module
 
 
-each = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def of(files):
+    return pytest.mark.parametrize("file", files, ids=lambda file: file.stem)
+
+
+each = of(FILES)
+TRANSLATION = [file for file in FILES if file.parent.name == "translation"]
+OTHERS = [file for file in FILES if file not in TRANSLATION]
 
 
 @each
@@ -34,7 +42,15 @@ def test_its_docstring_gives_a_command_that_names_it(file):
     assert ROOT / path == file
 
 
-@each
+@of(OTHERS)
+def test_a_run_of_it_can_be_read_back(file):
+    """What it trains is tested with its task, in tests/tasks."""
+    config = load(file).CONFIG
+    content = json.loads(json.dumps(config.to_json()))
+    assert TaskConfig.from_json(content) == config
+
+
+@of(TRANSLATION)
 def test_its_model_and_loss_have_shapes(file):
     config = load(file).CONFIG
     vocabulary = config.text.vocabulary
@@ -51,7 +67,7 @@ def test_its_model_and_loss_have_shapes(file):
     assert total.shape == sums["tokens"].shape == ()
 
 
-@each
+@of(TRANSLATION)
 def test_it_trains_two_steps_shrunk(file, tmp_path, monkeypatch):
     monkeypatch.setenv("QKV_JAX_CACHE", str(tmp_path / "cache"))
     corpus = toy.write_corpus(tmp_path / "corpus")

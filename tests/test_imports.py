@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "viz": set(),
     "__init__": {"translation"},
 }
-UNRESTRICTED = {"cli", "__main__", "translation"}
+UNRESTRICTED = {"cli", "__main__", "tasks", "translation"}
 JAX = {"jax", "jaxlib", "flax", "optax", "chex", "orbax"}
 PICKLES = {
     "pickle",

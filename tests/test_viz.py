@@ -49,8 +49,8 @@ def test_curves_of_a_run_are_drawn_with_units(tmp_path):
     figure = viz.plot_curves(ROWS, tmp_path / "curves.png", title="a run")
     assert (tmp_path / "curves.png").stat().st_size > 20_000
     panels = {axes.get_title(): axes for axes in figure.axes}
-    assert panels["Loss"].get_ylabel() == "nats per target token"
-    assert panels["Throughput"].get_ylabel() == "target tokens per second"
+    assert panels["Loss"].get_ylabel() == "mean over the training units"
+    assert panels["Throughput"].get_ylabel() == "units per second"
     assert all(axes.get_xlabel() == "step" for axes in figure.axes)
     assert _titles(figure) == [
         "Loss",

@@ -15,7 +15,7 @@ USAGE = f"""usage: {PROGRAM} COMMAND ...
   train FILE [OPTIONS]           train the CONFIG of an experiment file; run again to resume
                                  (--init-from MODEL: fine-tune; --debug-nans: stop at the
                                  operation that makes a NaN)
-  evaluate MODEL [OPTIONS]       BLEU and chrF of a model on held-out text
+  evaluate MODEL [OPTIONS]       BLEU and chrF of a model on held-out text; a task's own metrics
   translate MODEL [TEXT ...]     translate arguments, a file, or standard input
   score MODEL [OPTIONS]          log-probabilities that a model gives to translations
   plot RUN [OPTIONS]             draw a run's curves and attention

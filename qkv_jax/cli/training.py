@@ -21,12 +21,11 @@ def train(arguments: list[str]) -> None:
     config = _experiment("train", arguments)
     if config is None:
         return
-    from qkv_jax.translation import train_run
-    from qkv_jax.translation.demo import in_directory
+    from qkv_jax.training import in_directory, train_task
 
     if config.run.directory is None:
         config = in_directory(config, Path("runs") / Path(arguments[0]).stem)
-    result = train_run(config)
+    result = train_task(config)
     print(json.dumps(result, indent=2, ensure_ascii=False))
 
 
@@ -35,6 +34,10 @@ def plan(arguments: list[str]) -> None:
     config = _experiment("plan", [text for text in arguments if text != "--json"])
     if config is None:
         return
+    from qkv_jax.translation import TranslationConfig
+
+    if not isinstance(config, TranslationConfig):
+        raise UsageError(f"plan is of translation; {arguments[0]} trains another task")
     mesh = config.mesh
     if -1 in (mesh.data, mesh.fsdp, mesh.context, mesh.tensor):
         mesh = dataclasses.replace(
@@ -79,7 +82,8 @@ def _experiment(command: str, arguments: list[str]) -> Any | None:
 
 
 def demo(arguments: list[str]) -> None:
-    from qkv_jax.translation.demo import CONFIG, in_directory, run_demo
+    from qkv_jax.training import in_directory
+    from qkv_jax.translation.demo import CONFIG, run_demo
 
     config = parse(
         "demo", type(CONFIG), arguments, default=in_directory(CONFIG, Path("runs/demo"))

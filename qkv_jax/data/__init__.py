@@ -1,4 +1,4 @@
-"""Parallel text in, numpy batches of few static shapes out. No jax."""
+"""Files in, numpy batches of few static shapes out. No jax."""
 
 from qkv_jax.data.batching import BatchReport as BatchReport
 from qkv_jax.data.batching import BatchStream as BatchStream
@@ -27,6 +27,10 @@ from qkv_jax.data.parallel import Corpus as Corpus
 from qkv_jax.data.parallel import Pair as Pair
 from qkv_jax.data.parallel import read_pairs as read_pairs
 from qkv_jax.data.split import split_pairs as split_pairs
+from qkv_jax.data.splits import ExampleStream as ExampleStream
+from qkv_jax.data.splits import Splits as Splits
+from qkv_jax.data.splits import example_batches as example_batches
+from qkv_jax.data.splits import hold_out as hold_out
 from qkv_jax.data.tokenizer import BOS as BOS
 from qkv_jax.data.tokenizer import EOS as EOS
 from qkv_jax.data.tokenizer import PAD as PAD

@@ -10,6 +10,7 @@ import dataclasses
 import sys
 import threading
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -266,8 +267,16 @@ class BatchStream:
         return [batches[i] for i in order]
 
 
-def train_iterator(stream: BatchStream, *, prefetch: int = 2):
-    """Return an endless grain iterator over a stream.
+class Batches(Protocol):
+    """Batches by their place in an endless sequence."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Batch: ...
+
+
+def train_iterator(stream: Batches, *, prefetch: int = 2):
+    """Return an endless grain iterator over a stream of batches.
 
     `get_state()` is a small JSON-able dict that says which batch comes next, whatever
     was prefetched; after `set_state` of it, on an iterator over an equal stream, the

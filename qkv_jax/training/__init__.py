@@ -26,7 +26,10 @@ from qkv_jax.training.metrics import read_metrics as read_metrics
 from qkv_jax.training.optimizers import OptimizerConfig as OptimizerConfig
 from qkv_jax.training.optimizers import make_optimizer as make_optimizer
 from qkv_jax.training.optimizers import make_schedule as make_schedule
+from qkv_jax.training.plain import from_plain as from_plain
+from qkv_jax.training.plain import to_plain as to_plain
 from qkv_jax.training.programs import keep_programs as keep_programs
+from qkv_jax.training.runs import RunConfig as RunConfig
 from qkv_jax.training.runs import finish_run as finish_run
 from qkv_jax.training.runs import is_finished as is_finished
 from qkv_jax.training.runs import locked as locked
@@ -47,3 +50,7 @@ from qkv_jax.training.state import create_state as create_state
 from qkv_jax.training.step import evaluate_loss as evaluate_loss
 from qkv_jax.training.step import make_eval_step as make_eval_step
 from qkv_jax.training.step import make_train_step as make_train_step
+from qkv_jax.training.task import Task as Task
+from qkv_jax.training.task import Trainable as Trainable
+from qkv_jax.training.task import in_directory as in_directory
+from qkv_jax.training.task import train_task as train_task

@@ -163,6 +163,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     mesh: Mesh | None = None,
     finetune: FinetuneConfig | None = None,
+    unit: str = "tokens",
     console: Console | None = None,
 ) -> TrainResult:
     """Trains to the end, or goes on to it from the latest checkpoint in the directory.
@@ -184,6 +185,7 @@ def train(
         mesh: see make_mesh; None: all devices.
         finetune: which part of params is trained; None: all. evaluate gets all of them, merged;
             the states that callbacks and the result have are parted, see merge_params.
+        unit: what the loss is a mean over, for messages.
         console: for progress; None: standard error.
 
     Returns:
@@ -206,7 +208,9 @@ def train(
         state, record = _resume(store, state, iterator)
         with (
             MetricsWriter(directory, step=record.step) as writer,
-            ProgressLine(config.steps, start=record.step, console=console) as line,
+            ProgressLine(
+                config.steps, start=record.step, unit=unit, console=console
+            ) as line,
             _Signals() as signals,
         ):
             if finetune is not None:
@@ -394,7 +398,7 @@ class _Session:
         if step_fn.compilations:
             self.line.say(
                 f"batch shapes compiled: {step_fn.compilations}, in {step_fn.seconds:.1f} s; "
-                f"then {self.log.meter.steady_rate:,.0f} target tokens/s"
+                f"then {self.log.meter.steady_rate:,.0f} {self.line.unit}/s"
             )
 
     def _evaluate_if_due(self, state: TrainState) -> bool:

@@ -140,6 +140,7 @@ class ProgressLine:
     Args:
         steps: of the whole run.
         start: the step it goes on from.
+        unit: what is counted, such as tokens.
         console: where to; None: standard error.
         seconds: least time between plain lines.
     """
@@ -149,10 +150,12 @@ class ProgressLine:
         steps: int,
         *,
         start: int = 0,
+        unit: str = "tokens",
         console: Console | None = None,
         seconds: float = 10.0,
     ):
         self._console = console or Console(stderr=True)
+        self.unit = unit
         self._steps, self._start, self._seconds = steps, start, seconds
         self._began = self._printed = time.perf_counter()
         self._live = Progress(
@@ -184,7 +187,7 @@ class ProgressLine:
             loss: per token, over the last window.
             rate: tokens a second.
         """
-        text = f"loss {loss:.3f}  {rate:,.0f} tokens/s"
+        text = f"loss {loss:.3f}  {rate:,.0f} {self.unit}/s"
         self._live.update(self._task, completed=step, text=text)
         now = time.perf_counter()
         if self._console.is_terminal or (

@@ -1,6 +1,7 @@
 """The run directory: what makes a new one, what may be resumed, what is left alone."""
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,17 @@ CONFIG_FILE = "config.json"
 RESULT_FILE = "result.json"
 LOCK_FILE = ".lock"
 _SHOWN_DIFFERENCES = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run lies.
+
+    Attributes:
+        directory: of the run; None: runs/<name of the experiment>.
+    """
+
+    directory: Path | None = None
 
 
 def open_run(

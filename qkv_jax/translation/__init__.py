@@ -3,14 +3,12 @@
 from qkv_jax.translation.alignment import Alignment as Alignment
 from qkv_jax.translation.config import DecodingConfig as DecodingConfig
 from qkv_jax.translation.config import LanguageConfig as LanguageConfig
-from qkv_jax.translation.config import RunConfig as RunConfig
 from qkv_jax.translation.config import TextConfig as TextConfig
 from qkv_jax.translation.config import TranslationConfig as TranslationConfig
 from qkv_jax.translation.evaluate import Scores as Scores
 from qkv_jax.translation.evaluate import score as score
 from qkv_jax.translation.run import evaluate_run as evaluate_run
 from qkv_jax.translation.run import load_run as load_run
-from qkv_jax.translation.run import train_run as train_run
 from qkv_jax.translation.start import is_run as is_run
 from qkv_jax.translation.start import load_translator as load_translator
 from qkv_jax.translation.start import read_run as read_run

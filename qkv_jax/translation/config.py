@@ -1,12 +1,10 @@
 """The configuration of a translation run, and its form as JSON."""
 
-import dataclasses
 import math
-import types
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
+
+from jax.sharding import Mesh
 
 from qkv_jax.data import Filters, HomeAssistantData, HubData, ParallelData
 from qkv_jax.decoding import LengthPenalty, gnmt, power
@@ -16,8 +14,12 @@ from qkv_jax.training import (
     FinetuneConfig,
     MeshConfig,
     OptimizerConfig,
+    RunConfig,
+    Task,
     TrainingConfig,
+    from_plain,
     make_schedule,
+    to_plain,
 )
 
 METRICS = {"loss": "min", "nll": "min", "correct": "max", "bleu": "max"}
@@ -173,17 +175,6 @@ class LanguageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Where a run lies.
-
-    Attributes:
-        directory: of the run; None: runs/<name of the experiment>.
-    """
-
-    directory: Path | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class TranslationConfig:
     """A translation run.
 
@@ -249,12 +240,18 @@ class TranslationConfig:
         # A warm-up that does not fit into the steps is an error before anything is written.
         make_schedule(self.optimizer, self.training.steps)
 
+    def task(self, mesh: Mesh) -> Task:
+        """The corpus, the model and its loss on a mesh: see `translation.run.make_task`."""
+        from qkv_jax.translation.run import make_task
+
+        return make_task(self, mesh)
+
     def to_json(self) -> dict[str, Any]:
         """What makes the run what it is: all fields but where it runs, in JSON's types.
 
         So a run may be resumed on another mesh and with other processes.
         """
-        content = _plain(self)
+        content = to_plain(self)
         del content["run"], content["distributed"], content["mesh"]
         return content
 
@@ -265,33 +262,4 @@ class TranslationConfig:
         Raises:
             ValueError, TypeError, KeyError: it made no such content.
         """
-        return _build(cls, content)
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        names = [f.name for f in dataclasses.fields(value)]
-        return {"kind": type(value).__name__} | {
-            name: _plain(getattr(value, name)) for name in names
-        }
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def _build(kind: Any, content: Any) -> Any:
-    """`content` as an object of a dataclass, a union of them, a tuple, a path or a plain type."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        kinds = list(typing.get_args(kind))
-        if isinstance(content, dict):
-            kinds = [k for k in kinds if getattr(k, "__name__", "") == content["kind"]]
-        elif content is None:
-            return None
-        return _build(next(k for k in kinds if k is not type(None)), content)
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        fields = {name: part for name, part in content.items() if name != "kind"}
-        return kind(**{n: _build(hints[n], part) for n, part in fields.items()})  # type: ignore[operator]
-    if typing.get_origin(kind) is tuple:
-        return tuple(content)
-    return Path(content) if kind is Path else content
+        return from_plain(cls, content)

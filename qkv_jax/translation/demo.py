@@ -1,6 +1,5 @@
 """The demo: a translator of user-interface text, trained from nothing in a few minutes."""
 
-import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,9 @@ from rich.table import Table
 
 from qkv_jax.data import HomeAssistantData
 from qkv_jax.models import seq2seq
-from qkv_jax.training import OptimizerConfig, TrainingConfig
+from qkv_jax.training import OptimizerConfig, TrainingConfig, train_task
 from qkv_jax.translation.config import DecodingConfig, TextConfig, TranslationConfig
-from qkv_jax.translation.run import load_run, train_run
+from qkv_jax.translation.run import load_run
 
 CONFIG = TranslationConfig(
     data=HomeAssistantData(),
@@ -57,7 +56,7 @@ def run_demo(
         What result.json holds.
     """
     began = time.perf_counter()
-    result = train_run(config)
+    result = train_task(config)
     directory = config.run.directory or Path()
     translator = load_run(directory)
     pairs = config.data.load().test[:SHOWN]
@@ -70,12 +69,6 @@ def run_demo(
     summary = _summary(result, directory, seconds, program)
     console.print(summary, markup=False)
     return result
-
-
-def in_directory(config: TranslationConfig, directory: Path) -> TranslationConfig:
-    """The same configuration, to run in a directory."""
-    run = dataclasses.replace(config.run, directory=directory)
-    return dataclasses.replace(config, run=run)
 
 
 def _summary(

@@ -1,10 +1,8 @@
 """A whole run: text in, a trained, evaluated model on disk out; and back from disk."""
 
-import contextlib
 import dataclasses
 import functools
 import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from rich.console import Console
 
 from qkv_jax import data, training
 from qkv_jax.data import BOS, EOS, EncodedPairs, Pair, SentenceTokenizer
@@ -146,41 +143,13 @@ def make_loss(
     return loss_fn
 
 
-def train_run(
-    config: TranslationConfig, *, console: Console | None = None
-) -> dict[str, Any]:
-    """Trains, evaluates and draws; or resumes what was begun in the same directory.
-
-    Args:
-        config: of the run; `run.directory` is set.
-        console: for progress; None: standard error.
-
-    Returns:
-        What result.json holds.
+def make_task(config: TranslationConfig, mesh: jax.sharding.Mesh) -> training.Task:
+    """What a configuration trains, on a mesh.
 
     Raises:
         DataError: the text cannot be used.
-        RunError: the directory is another run's, a finished one, in use, or damaged.
+        RunError: the mesh does not fit the model.
     """
-    with contextlib.ExitStack() as held:
-        return _train_run(config, console, held)
-
-
-def _train_run(
-    config: TranslationConfig,
-    console: Console | None,
-    held: contextlib.ExitStack,
-) -> dict[str, Any]:
-    began = time.perf_counter()
-    console = console or Console(stderr=True)
-    directory = Path(config.run.directory or "")
-    training.initialize(config.distributed)
-    if not training.is_first():
-        console = Console(quiet=True)
-    try:
-        mesh = training.make_mesh(config.mesh)
-    except ValueError as error:
-        raise training.RunError(f"mesh: {error}") from error
     multiple = training.batch_shares(mesh) * config.training.accumulate
     start = started(config)
     prepared = prepare(
@@ -195,68 +164,41 @@ def _train_run(
         )
     tokenizer = prepared.tokenizer
     model = _model(config, start, tokenizer)
-    make_params = functools.partial(init_params, model, seed=config.training.seed)
-    shapes = jax.eval_shape(make_params)
     try:
-        training.state_shardings(shapes, mesh)
         seq2seq.check_heads(model, mesh.shape)
     except ValueError as error:
         raise training.RunError(f"mesh: {error}") from error
-    try:
-        counts = training.count_params(shapes, config.finetune)
-    except ValueError as error:
-        raise training.RunError(f"finetune: {error}") from error
-    training.check_same("text or tokeniser", tokenizer.digest)
 
-    # A mesh must not change the batches, so that another one may resume the run.
-    rows = [bucket.rows for bucket in prepared.stream.report().buckets]
-    identity = config.to_json() | {"tokenizer": tokenizer.digest, "batch_rows": rows}
-
-    def open_directory() -> None:
-        training.open_run(directory, identity)
-        held.enter_context(training.locked(directory))
+    def save(directory: Path) -> None:
         tokenizer.save(directory / TOKENIZER)
         if start is not None:
             save_start(start._replace(model=model), directory)
 
-    training.on_first(open_directory)
-    told = f"model: {counts.all:,} parameters; run: {directory}"
-    for line in [*prepared.report, told]:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    evaluate = None
-    if len(prepared.valid.source):
-        evaluate = _validation(config, model, prepared, mesh)
-    if (
-        start is not None
-        and evaluate is not None
-        and not training.checkpoint_steps(directory)
-    ):
-        _say_first_score(evaluate(start.params), console)
-    result = training.train(
+    make_params = functools.partial(init_params, model, seed=config.training.seed)
+    has_valid = len(prepared.valid.source) > 0
+    return training.Task(
         params=make_params if start is None else start.params,
         loss_fn=_loss(config, model, tokenizer),
-        optimizer=config.optimizer,
-        config=config.training,
-        finetune=config.finetune,
         iterator=data.train_iterator(prepared.stream),
-        directory=directory,
-        evaluate=evaluate,
-        mesh=mesh,
-        console=console,
+        evaluate=_validation(config, model, prepared, mesh) if has_valid else None,
+        finetune=config.finetune,
+        report=prepared.report,
+        identity={
+            "tokenizer": tokenizer.digest,
+            "batch_rows": [b.rows for b in prepared.stream.report().buckets],
+        },
+        data=("text or tokeniser", tokenizer.digest),
+        unit="target tokens",
+        score_first=start is not None,
+        save=save,
+        finish=lambda directory: _finish(directory, prepared.corpus, mesh),
     )
-    trained = time.perf_counter() - began
-    summary: dict[str, Any] = {
-        "steps": result.step,
-        "stopped_early": result.stopped_early,
-        "best_step": result.best_step,
-        "parameters": counts.all,
-        "trained_parameters": counts.trained,
-        "training_seconds": trained,
-        "tokens_per_second": result.tokens_per_second,
-        "steady_tokens_per_second": result.steady_tokens_per_second,
-        "compilations": result.compilations,
-        "compile_seconds": result.compile_seconds,
-    }
+
+
+def _finish(
+    directory: Path, corpus: data.Corpus, mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
+    """Draws the trained run, and scores it on the test part."""
     translator = load_run(directory, mesh=mesh)
     if jax.process_count() > 1:
         # The others do not draw, so nothing that is drawn may need their devices.
@@ -266,15 +208,11 @@ def _train_run(
     else:
         drawer = translator
     if training.is_first():
-        draw_run(
-            directory, drawer, (prepared.corpus.test or prepared.corpus.train)[:50]
-        )
-    if prepared.corpus.test:
-        scores, _ = evaluate_run(translator, prepared.corpus.test)
-        summary["test"] = scores.to_json()
-    summary["seconds"] = time.perf_counter() - began
-    training.on_first(lambda: training.finish_run(directory, summary))
-    return summary
+        draw_run(directory, drawer, (corpus.test or corpus.train)[:50])
+    if not corpus.test:
+        return {}
+    scores, _ = evaluate_run(translator, corpus.test)
+    return {"test": scores.to_json()}
 
 
 def load_run(
@@ -344,12 +282,6 @@ def _loss(
     return make_loss(
         model, config.label_smoothing, start=tokenizer.start, eos=tokenizer.eos
     )
-
-
-def _say_first_score(values: dict[str, float], console: Console) -> None:
-    shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-    told = f"before the first step  validation  {shown}"
-    console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 def _validation(

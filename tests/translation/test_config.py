@@ -6,10 +6,14 @@ import pytest
 
 from qkv_jax.data import Filters, HomeAssistantData, HubData, ParallelData
 from qkv_jax.models import seq2seq
-from qkv_jax.training import MeshConfig, OptimizerConfig, TrainingConfig
+from qkv_jax.training import (
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from qkv_jax.translation import (
     DecodingConfig,
-    RunConfig,
     TextConfig,
     TranslationConfig,
 )

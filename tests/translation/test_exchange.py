@@ -13,12 +13,11 @@ from rich.console import Console
 from qkv_jax.interop import InteropError, import_published, load, read_tensors
 from qkv_jax.interop.pretrained import flatten
 from qkv_jax.interop.tensors import write_tensors
-from qkv_jax.training import FinetuneConfig, LoraConfig, RunError
+from qkv_jax.training import FinetuneConfig, LoraConfig, RunError, train_task
 from qkv_jax.translation import (
     LanguageConfig,
     load_run,
     load_translator,
-    train_run,
 )
 from qkv_jax.translation.exchange import export_model
 from qkv_jax.translation.start import load_start
@@ -94,7 +93,7 @@ def test_the_score_before_the_first_step_is_printed(corpus, published, tmp_path)
     config = toy.make_config(
         corpus, tmp_path / "run", init_from=str(published), validation_sentences=4
     )
-    train_run(config, console=Console(file=said, width=200))
+    train_task(config, console=Console(file=said, width=200))
     assert "before the first step  validation  " in said.getvalue()
     assert " bleu " in said.getvalue()
 

@@ -8,8 +8,14 @@ import pytest
 
 import qkv_jax.data
 from qkv_jax.data import DataError, ParallelData
-from qkv_jax.training import MeshConfig, RunError, TrainingConfig, read_metrics
-from qkv_jax.translation import RunConfig, evaluate_run, load_run
+from qkv_jax.training import (
+    MeshConfig,
+    RunConfig,
+    RunError,
+    TrainingConfig,
+    read_metrics,
+)
+from qkv_jax.translation import evaluate_run, load_run
 from qkv_jax.translation.run import prepare, read_result, read_run
 from tests.translation import toy
 

@@ -10,13 +10,16 @@ from rich.console import Console
 
 from qkv_jax.data import ParallelData
 from qkv_jax.models import seq2seq
-from qkv_jax.training import OptimizerConfig, TrainingConfig
+from qkv_jax.training import (
+    OptimizerConfig,
+    RunConfig,
+    TrainingConfig,
+    train_task,
+)
 from qkv_jax.translation import (
     DecodingConfig,
-    RunConfig,
     TextConfig,
     TranslationConfig,
-    train_run,
 )
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -75,7 +78,7 @@ def make_config(
 
 def run(config: TranslationConfig) -> dict[str, Any]:
     """Trains quietly."""
-    return train_run(config, console=Console(file=io.StringIO()))
+    return train_task(config, console=Console(file=io.StringIO()))
 
 
 def contents(directory: Path) -> dict[str, bytes]:
