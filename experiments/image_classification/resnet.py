@@ -18,9 +18,7 @@ from qkv_jax.training import OptimizerConfig, TrainingConfig
 
 CONFIG = TaskConfig(
     data=IdxImages(directory=Path("fashion_mnist"), names=FASHION),
-    model=resnet.Config(
-        widths=(48, 96), augmentation=Augmentation(flip=True, shift=2)
-    ),
+    model=resnet.Config(widths=(48, 96), augmentation=Augmentation(flip=True, shift=2)),
     batch_rows=128,
     eval_rows=500,
     optimizer=OptimizerConfig(

@@ -9,7 +9,7 @@ import numpy as np
 
 from qkv_jax.data.errors import DataError
 from qkv_jax.data.files import read_bytes
-from qkv_jax.data.splits import Splits
+from qkv_jax.data.splits import Splits, hold_out
 
 FASHION = (
     "T-shirt/top",
@@ -53,10 +53,11 @@ class IdxImages:
         """
         directory = Path(self.directory)
         whole, test = (_read_part(directory, part) for part in ("train", "t10k"))
-        if not 0 < self.validation < len(whole["label"]):
+        count = len(whole["label"])
+        if not 0 < self.validation < count:
             raise DataError(
-                f"validation must be between 1 and {len(whole['label']) - 1}, as {directory} has "
-                f"{len(whole['label'])} images to train on; got {self.validation}"
+                f"validation must be between 1 and {count - 1}, as {directory} has {count} images "
+                f"to train on; got {self.validation}"
             )
         if whole["image"].shape[1:] != test["image"].shape[1:]:
             raise DataError(
@@ -69,12 +70,11 @@ class IdxImages:
                 f"{directory} has the label {classes - 1}, but names has {len(self.names)} classes"
             )
         classes = len(self.names) or classes
-        order = np.random.default_rng(self.seed).permutation(len(whole["label"]))
-        held_out, kept = np.split(np.asarray(order), [self.validation])
+        kept, held_out = hold_out(count, self.validation / count, seed=self.seed)
         height, width, channels = whole["image"].shape[1:]
         return Splits(
-            train={name: array[np.sort(kept)] for name, array in whole.items()},
-            valid={name: array[np.sort(held_out)] for name, array in whole.items()},
+            train={name: array[kept] for name, array in whole.items()},
+            valid={name: array[held_out] for name, array in whole.items()},
             test=test,
             sizes={
                 "height": height,
@@ -83,10 +83,7 @@ class IdxImages:
                 "classes": classes,
             },
             names=self.names or tuple(map(str, range(classes))),
-            report=(
-                f"{len(kept):,} images of {_size(whole)} to train on, {len(held_out):,} to "
-                f"validate with, {len(test['label']):,} to test with, {classes} classes",
-            ),
+            report=(f"images: {_size(whole)} pixels, {classes} classes",),
         )
 
 

@@ -6,7 +6,7 @@ He et al. 2016 (arXiv 1512.03385) with squeeze-excitation (Hu et al. 2018, arXiv
 so that an image's result never depends on its batch; a stem of small patches in place of strides.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
@@ -59,7 +59,7 @@ class Config:
     heads: int = 4
     groups: int = 8
     dropout: float = 0.0
-    augmentation: Augmentation = Augmentation()
+    augmentation: Augmentation = field(default_factory=Augmentation)
     label_smoothing: float = 0.1
     flip_average: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -93,11 +93,11 @@ class Model(nnx.Module):
         self.stem = _convolution(
             config, config.channels * config.patch**2, first, (None, "embed"), rngs
         )
-        self.stages = nnx.List()
+        self.stages: nnx.List[nnx.List[Block]] = nnx.List()
         width = first
         for stage, (out, count) in enumerate(zip(config.widths, config.blocks)):
             stride = 1 if stage == 0 else 2
-            blocks = nnx.List()
+            blocks: nnx.List[Block] = nnx.List()
             for i in range(count):
                 blocks.append(
                     Block(config, width, out, stride if i == 0 else 1, rngs=rngs)

@@ -6,8 +6,8 @@ for its column; attention may be local in two dimensions or axial.
 """
 
 import itertools
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ class Config:
     attention: tuple[Attention, ...] = ("full",)
     radius: int = 3
     dropout: float = 0.0
-    augmentation: Augmentation = Augmentation()
+    augmentation: Augmentation = field(default_factory=Augmentation)
     label_smoothing: float = 0.1
     flip_average: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -200,7 +200,7 @@ class Stem(nnx.Module):
         """Builds the maps, see Config.stem."""
         D, dtype = config.d_model, jnp.dtype(config.dtype)
         self.patch = config.patch
-        self.convolutions = nnx.List()
+        self.convolutions: nnx.List[nnx.Conv] = nnx.List()
         width, size = config.channels, config.patch
         if config.stem == "convolution":
             while size > 1:
@@ -259,8 +259,3 @@ def attend(
     x = x.reshape(B, rows, columns, D).swapaxes(1, 2).reshape(B, -1, D)
     x = block(x, mask=patterns.axial(columns, rows, 1), rng=rng)
     return x.reshape(B, columns, rows, D).swapaxes(1, 2).reshape(B, -1, D)
-
-
-def parameters(model: Any) -> int:
-    """How many numbers a model learns."""
-    return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))

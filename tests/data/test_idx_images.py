@@ -1,5 +1,4 @@
 import gzip
-import re
 
 import numpy as np
 import pytest
@@ -61,9 +60,7 @@ def test_names_of_classes_set_how_many_there_are(tmp_path):
     write(tmp_path, train=5)
     splits = IdxImages(directory=tmp_path, validation=1, names=FASHION).load()
     assert splits.names == FASHION and splits.sizes["classes"] == 10
-    with pytest.raises(
-        DataError, match="has the label 4, but names has 2 classes"
-    ):
+    with pytest.raises(DataError, match="has the label 4, but names has 2 classes"):
         IdxImages(directory=tmp_path, validation=1, names=("a", "b")).load()
 
 
@@ -108,14 +105,14 @@ def test_images_and_labels_must_belong_together(tmp_path):
 @pytest.mark.parametrize("validation", (0, 11, -1))
 def test_images_are_left_to_train_on(tmp_path, validation):
     write(tmp_path)
-    with pytest.raises(
-        DataError, match=re.escape(f"between 1 and 10") + f".* got {validation}"
-    ):
+    with pytest.raises(DataError, match=f"between 1 and 10, .* got {validation}"):
         IdxImages(directory=tmp_path, validation=validation).load()
 
 
 def test_fashion_mnist_is_read(shared):
-    splits = IdxImages(directory=shared / "fashion_mnist", names=FASHION).load()
+    splits = IdxImages(
+        directory=shared / "data" / "fashion_mnist", names=FASHION
+    ).load()
     parts = (splits.train, splits.valid, splits.test)
     assert [part["image"].shape for part in parts] == [
         (55_000, 28, 28, 1),
