@@ -53,6 +53,7 @@ def main(
     *,
     models: tuple[str, ...] = ("base", "big"),
     lengths: tuple[int, ...] = (512, 32_768),
+    axes: tuple[str, ...] = AXES,
     hardware: str = "H100",
 ) -> None:
     """Prints a row for each model, length and axis.
@@ -60,6 +61,7 @@ def main(
     Args:
         models: "base", "big".
         lengths: of source and target.
+        axes: of the mesh.
         hardware: a name that `qkv-jax plan` knows.
     """
     names = ["model", "length", f"axis of {DEVICES}", "tokens", "a device holds"]
@@ -67,7 +69,7 @@ def main(
     print(f"| {' | '.join(names)} |\n{'|---' * len(names)}|", flush=True)
     for model in models:
         for length in lengths:
-            for axis in AXES:
+            for axis in axes:
                 found = plan(model, length, axis)
                 estimate = found["estimates"][hardware]
                 held = sum(found["held"].values()) / 1e9

@@ -61,7 +61,8 @@ def planned(setup: Setup, sizes: dict[str, int], context: str) -> tuple[Any, Cal
     from qkv_jax import training
     from qkv_jax.models import seq2seq
     from qkv_jax.training.plan import plan_step
-    from qkv_jax.translation.run import init_params, make_loss
+    from qkv_jax.translation.models import init_params
+    from qkv_jax.translation.run import make_loss
 
     config = seq2seq.Config(
         vocabulary=setup.vocabulary,
@@ -116,7 +117,7 @@ def seconds_of(step: Callable) -> float:
 
 
 def main(
-    setup: Setup, *, rounds: int = 9, context: str = "ring", only: tuple[str, ...] = ()
+    setup: Setup, *, rounds: int = 9, context: str = "auto", only: tuple[str, ...] = ()
 ) -> None:
     """Step times on meshes of simulated devices, beside one device's.
 

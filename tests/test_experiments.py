@@ -3,7 +3,11 @@
 import functools
 import importlib.util
 import json
+import os
 import re
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -11,12 +15,18 @@ import pytest
 
 from qkv_jax.tasks import TaskConfig
 from qkv_jax.training import read_metrics
+from qkv_jax.translation import TranslationConfig
+from qkv_jax.translation.models import init_params
 from qkv_jax.translation.run import make_loss
-from qkv_jax.translation.start import init_params
 from tests.translation import toy
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted((ROOT / "experiments").rglob("*.py"))
+LESSON = ROOT / "experiments" / "walkthrough"
+FILES = [
+    file
+    for file in sorted((ROOT / "experiments").rglob("*.py"))
+    if file.parent != LESSON
+]
 
 
 def load(file):
@@ -32,7 +42,9 @@ def of(files):
 
 
 each = of(FILES)
-TRANSLATION = [file for file in FILES if file.parent.name == "translation"]
+TRANSLATION = [
+    file for file in FILES if isinstance(load(file).CONFIG, TranslationConfig)
+]
 OTHERS = [file for file in FILES if file not in TRANSLATION]
 
 
@@ -45,9 +57,8 @@ def test_its_docstring_gives_a_command_that_names_it(file):
 @of(OTHERS)
 def test_a_run_of_it_can_be_read_back(file):
     """What it trains is tested with its task, in tests/tasks."""
-    config = load(file).CONFIG
-    content = json.loads(json.dumps(config.to_json()))
-    assert TaskConfig.from_json(content) == config
+    content = json.loads(json.dumps(load(file).CONFIG.to_json()))
+    assert TaskConfig.from_json(content).to_json() == content
 
 
 @of(TRANSLATION)
@@ -79,3 +90,22 @@ def test_it_trains_two_steps_shrunk(file, tmp_path, monkeypatch):
     assert 0 <= result["test"]["bleu"] <= 100
     losses = [row["train/loss"] for row in read_metrics(tmp_path / "run")[:2]]
     assert all(loss > 0 for loss in losses)
+
+
+def test_the_lesson_runs_as_a_notebook(monkeypatch, tmp_path):
+    """Its cells hold what they say by assertions of their own."""
+    script = (LESSON / "walkthrough.py").read_text(encoding="utf-8")
+    text = (LESSON / "walkthrough.ipynb").read_text(encoding="utf-8")
+    assert text == load(LESSON / "notebook.py").notebook(script)
+    monkeypatch.setattr("sys.argv", ["notebook", "-f", "kernel.json"])
+    cells = json.loads(text)["cells"]
+    code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    (tmp_path / "cells.py").write_text("\n".join(code), encoding="utf-8")
+    assert runpy.run_path(str(tmp_path / "cells.py"))["right"] > 0.95
+
+
+def test_the_lesson_runs_as_a_script(tmp_path):
+    environment = os.environ | {"XLA_FLAGS": ""}
+    command = [sys.executable, str(LESSON / "walkthrough.py"), str(tmp_path)]
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    assert len(list(tmp_path.glob("*.png"))) == 5

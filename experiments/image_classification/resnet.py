@@ -12,13 +12,13 @@ from pathlib import Path
 
 from qkv_jax.data.idx_images import FASHION, IdxImages
 from qkv_jax.models import resnet
-from qkv_jax.models.image_classification import Augmentation
+from qkv_jax.models.image_classification import PixelChanges
 from qkv_jax.tasks import TaskConfig
 from qkv_jax.training import OptimizerConfig, TrainingConfig
 
 CONFIG = TaskConfig(
     data=IdxImages(directory=Path("fashion_mnist"), names=FASHION),
-    model=resnet.Config(widths=(48, 96), augmentation=Augmentation(flip=True, shift=2)),
+    model=resnet.Config(widths=(48, 96), augmentation=PixelChanges(flip=True, shift=2)),
     batch_rows=128,
     eval_rows=500,
     optimizer=OptimizerConfig(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qkv_jax.data.idx_images import FASHION, IdxImages
 from qkv_jax.models import vit
-from qkv_jax.models.image_classification import Augmentation
+from qkv_jax.models.image_classification import PixelChanges
 from qkv_jax.tasks import TaskConfig
 from qkv_jax.training import OptimizerConfig, TrainingConfig
 
@@ -25,7 +25,7 @@ CONFIG = TaskConfig(
         d_ff=192,
         heads=3,
         layers=3,
-        augmentation=Augmentation(flip=True, shift=2),
+        augmentation=PixelChanges(flip=True, shift=2),
     ),
     batch_rows=128,
     eval_rows=500,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from qkv_jax.data.idx_images import FASHION, IdxImages
 from qkv_jax.models import vit
-from qkv_jax.models.image_classification import Augmentation
+from qkv_jax.models.image_classification import PixelChanges
 from qkv_jax.tasks import TaskConfig
 from qkv_jax.training import OptimizerConfig, TrainingConfig
 
@@ -32,7 +32,7 @@ CONFIG = TaskConfig(
         layers=4,
         attention=("local", "rows", "local", "columns"),
         radius=3,
-        augmentation=Augmentation(flip=True, shift=1),
+        augmentation=PixelChanges(flip=True, shift=1),
     ),
     batch_rows=256,
     eval_rows=1024,

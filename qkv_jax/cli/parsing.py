@@ -32,6 +32,8 @@ def load_experiment(path: Path) -> Any:
     if spec is None or spec.loader is None:
         raise UsageError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
+    # Where classes of the file itself are looked up.
+    sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
     except (SyntaxError, ValueError, TypeError, ImportError) as error:

@@ -21,11 +21,11 @@ def train(arguments: list[str]) -> None:
     config = _experiment("train", arguments)
     if config is None:
         return
-    from qkv_jax.training import in_directory, train_task
+    from qkv_jax.training import in_directory, train_seeds, train_task
 
     if config.run.directory is None:
         config = in_directory(config, Path("runs") / Path(arguments[0]).stem)
-    result = train_task(config)
+    result = train_seeds(config) if config.run.seeds > 1 else train_task(config)
     print(json.dumps(result, indent=2, ensure_ascii=False))
 
 

@@ -94,8 +94,8 @@ class BatchStream:
         packing: several pairs share a row of the largest bucket, the only one used: one
             shape, and almost no padding. Which pairs share a row differs by epoch.
         seed: of the order.
-        process_index: which of `process_count` equal blocks of rows to return.
-        process_count: number of processes; divides rows_multiple.
+        share: (i, n): of each batch, block i of n equal ones of its rows is returned;
+            n divides rows_multiple.
 
     Raises:
         ValueError: an argument is out of range, or buckets are not a chain.
@@ -113,15 +113,14 @@ class BatchStream:
         overlong: str = "drop",
         packing: bool = False,
         seed: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
+        share: tuple[int, int] = (0, 1),
     ):
         if overlong not in ("drop", "truncate"):
             raise ValueError(f'overlong must be "drop" or "truncate"; got {overlong!r}')
-        if not 0 <= process_index < process_count or rows_multiple % process_count:
+        if not 0 <= share[0] < share[1] or rows_multiple % share[1]:
             raise ValueError(
-                f"process_count must exceed process_index and divide rows_multiple; "
-                f"got {process_count}, {process_index} and {rows_multiple}"
+                f"share must be (i, n) with i < n, and n must divide rows_multiple = "
+                f"{rows_multiple}; got {share}"
             )
         self._pairs = pairs
         self._buckets = check_chain(buckets)[-1 if packing else 0 :]
@@ -135,7 +134,7 @@ class BatchStream:
             for shape in self._buckets
         ]
         self._seed = seed
-        self._process = (process_index, process_count)
+        self._share = share
         self._assign(overlong)
         self._packed: np.ndarray | None = None
         if packing:
@@ -154,9 +153,7 @@ class BatchStream:
     def __getitem__(self, index: int) -> Batch:
         epoch, position = divmod(index, self.batches_per_epoch)
         bucket, indices = self._plan(epoch)[position]
-        process, count = self._process
-        own = len(indices) // count
-        part = indices[process * own : (process + 1) * own]
+        part = np.split(indices, self._share[1])[self._share[0]]
         if self._packed is not None:
             return self._pairs.packed_batch(part, self._buckets[bucket])
         return self._pairs.batch(part, self._buckets[bucket])

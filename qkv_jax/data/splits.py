@@ -95,11 +95,24 @@ class ExampleStream:
         arrays: what to learn from.
         rows: of a batch.
         seed: of the order.
+        share: (i, n): of each batch, block i of n equal ones of its rows is returned.
     """
 
-    def __init__(self, arrays: Arrays, *, rows: int, seed: int = 0):
+    def __init__(
+        self,
+        arrays: Arrays,
+        *,
+        rows: int,
+        seed: int = 0,
+        share: tuple[int, int] = (0, 1),
+    ):
         if rows < 1:
             raise ValueError(f"rows must be positive; got {rows}")
+        if not 0 <= share[0] < share[1] or rows % share[1]:
+            raise ValueError(
+                f"share must be (i, n) with i < n, and n must divide rows = {rows}; got {share}"
+            )
+        self._share = share
         self._arrays, self._rows, self._seed = arrays, rows, seed
         self._count = count_rows(arrays)
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
@@ -116,7 +129,9 @@ class ExampleStream:
         epoch, position = divmod(index, self.batches_per_epoch)
         order = self._epoch(epoch)[position * self._rows :][: self._rows]
         unused = self._rows - len(order)
-        return take_rows(self._arrays, np.pad(order, (0, unused), constant_values=-1))
+        padded = np.pad(order, (0, unused), constant_values=-1)
+        part, parts = self._share
+        return take_rows(self._arrays, np.split(padded, parts)[part])
 
     def _epoch(self, epoch: int) -> np.ndarray:
         known, order = self._order

@@ -12,6 +12,10 @@ from qkv_jax.layers.feed_forward import FeedForward as FeedForward
 from qkv_jax.layers.norm import Normalisation as Normalisation
 from qkv_jax.layers.norm import make_norm as make_norm
 from qkv_jax.layers.qkv import QKVAttention as QKVAttention
+from qkv_jax.layers.recurrent import ALIGNMENTS as ALIGNMENTS
+from qkv_jax.layers.recurrent import GRU as GRU
+from qkv_jax.layers.recurrent import Alignment as Alignment
+from qkv_jax.layers.recurrent import RecurrentAttention as RecurrentAttention
 from qkv_jax.layers.transformer import DecoderBlock as DecoderBlock
 from qkv_jax.layers.transformer import EncoderBlock as EncoderBlock
 from qkv_jax.layers.transformer import NormPlace as NormPlace

@@ -13,6 +13,7 @@ from qkv_jax.ops import (
     attention_weights,
     mesh_attention,
 )
+from qkv_jax.ops.axes import shares
 
 Array = jax.Array
 
@@ -34,7 +35,7 @@ class MultiHeadAttention(nnx.Module):
         scale: float | None = None,
         bias: bool = True,
         dropout_rate: float = 0.0,
-        context: ContextMethod = "ring",
+        context: ContextMethod = "auto",
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -110,8 +111,11 @@ class MultiHeadAttention(nnx.Module):
             score: a rule on the scores.
             rng: draws the weights' dropout; None: no dropout.
         """
-        there = x if memory is None else memory
-        query, key, value = self.query(x), self.key(there), self.value(there)
+        if memory is None:
+            query, key, value = _products([self.query, self.key, self.value], x)
+        else:
+            (query,) = _products([self.query], x)
+            key, value = _products([self.key, self.value], memory)
         self._record(query, key, mask, score)
         heads = mesh_attention(
             query,
@@ -170,3 +174,22 @@ class MultiHeadAttention(nnx.Module):
         cache = cache.write(self.key(x), self.value(x), at)
         filled = at + x.shape[1]
         return self.attend(x, cache, ancestry.mask(), score, filled), cache
+
+
+def _products(layers: list[nnx.LinearGeneral], x: Array) -> list[Array]:
+    """What each layer makes of x (B, T, D).
+
+    Over a mesh axis that shares out heads, layers of one shape make it by one product, so that the
+    slopes of x are summed over the devices once.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    shared = not mesh.empty and mesh.are_all_axes_auto and shares(mesh, "heads") > 1
+    if not shared or len({layer.kernel.shape for layer in layers}) > 1:
+        return [layer(x) for layer in layers]
+    dtype = layers[0].dtype
+    kernels = jnp.stack([layer.kernel[...] for layer in layers], axis=1)
+    y = jnp.einsum("BTD,DINH->BTINH", x.astype(dtype), kernels.astype(dtype))
+    biases = [layer.bias[...] for layer in layers if layer.bias is not None]
+    if biases:
+        y = y + jnp.stack(biases).astype(dtype)[None, None]
+    return [y[:, :, i] for i in range(len(layers))]

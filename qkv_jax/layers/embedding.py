@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qkv_jax.layers.norm import Normalisation, make_norm
-from qkv_jax.ops import dropout, pin, sinusoids
+from qkv_jax.ops import dropout, pin, pin_stream, sinusoids
 
 Array = jax.Array
 Positions = Literal["sinusoid", "sinusoid_inclusive", "learned", "relative"]
@@ -122,4 +122,4 @@ class AddPositions(nnx.Module):
             ).astype(x.dtype)
         x = x.astype(self.dtype)
         x = x if self.norm is None else self.norm(x)
-        return pin(dropout(x, self.dropout_rate, rng), "batch", "stream")
+        return pin_stream(dropout(x, self.dropout_rate, rng))

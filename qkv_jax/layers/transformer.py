@@ -4,12 +4,22 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from qkv_jax.layers.attention import MultiHeadAttention
 from qkv_jax.layers.feed_forward import FeedForward
 from qkv_jax.layers.norm import Normalisation, make_norm
-from qkv_jax.ops import Ancestry, KVCache, Mask, Score, dropout, pin, split_rng
+from qkv_jax.ops import (
+    Ancestry,
+    KVCache,
+    Mask,
+    Score,
+    dropout,
+    pin,
+    pin_stream,
+    split_rng,
+)
 
 Array = jax.Array
 NormPlace = Literal["pre", "post"]
@@ -26,8 +36,8 @@ class Residual(nnx.Module):
         dropout_rate: float,
         norm: Normalisation = "layer",
         epsilon: float = 1e-5,
-        dtype,
-        rngs,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
     ):
         self.norm = make_norm(d_model, norm, epsilon, dtype, rngs)
         self.place = place
@@ -38,10 +48,10 @@ class Residual(nnx.Module):
     ) -> Array:
         # Over "tensor", f is given whole lengths and gives them back: else the partitioner may
         # gather f's parameters in their place.
-        y = pin(self.norm(x) if self.place == "pre" else x, "batch", "length")
-        y = pin(f(y), "batch", "length")
-        x = pin(x + dropout(y, self.dropout_rate, rng), "batch", "stream")
-        return x if self.place == "pre" else pin(self.norm(x), "batch", "stream")
+        y = pin_stream(self.norm(x)) if self.place == "pre" else x
+        y = pin(f(pin(y, "batch", "length")), "batch", "length")
+        x = pin_stream(x + dropout(pin_stream(y), self.dropout_rate, rng))
+        return x if self.place == "pre" else pin_stream(self.norm(x))
 
 
 class EncoderBlock(nnx.Module):

@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qkv_jax.ops import images as changes
-from qkv_jax.ops import split_rng
+from qkv_jax.ops import pixels, split_rng
 
 Array = jax.Array
 
 
 @dataclass(frozen=True, kw_only=True)
-class Augmentation:
+class PixelChanges:
     """Random changes of the training images.
 
     Attributes:
@@ -38,11 +37,11 @@ class Augmentation:
         """Images (B, height, width, C), 0 where they are empty -> the same, changed."""
         flip, shift, erase = jax.random.split(rng, 3)
         if self.flip:
-            images = changes.random_flip(images, flip)
+            images = pixels.random_flip(images, flip)
         if self.shift:
-            images = changes.random_shift(images, self.shift, shift)
+            images = pixels.random_shift(images, self.shift, shift)
         if self.erase:
-            images = changes.random_erase(images, self.erase, erase)
+            images = pixels.random_erase(images, self.erase, erase)
         return images
 
 
@@ -56,7 +55,7 @@ class Settings(Protocol):
     """
 
     @property
-    def augmentation(self) -> Augmentation: ...
+    def augmentation(self) -> PixelChanges: ...
     @property
     def label_smoothing(self) -> float: ...
     @property

@@ -15,13 +15,13 @@ from flax import nnx
 
 from qkv_jax.layers import EncoderBlock
 from qkv_jax.models.image_classification import (
-    Augmentation,
+    PixelChanges,
     check_sizes,
     class_logits,
     class_loss,
 )
 from qkv_jax.ops import dropout, split_rng
-from qkv_jax.ops.images import patches
+from qkv_jax.ops.pixels import patches
 
 Array = jax.Array
 
@@ -59,7 +59,7 @@ class Config:
     heads: int = 4
     groups: int = 8
     dropout: float = 0.0
-    augmentation: Augmentation = field(default_factory=Augmentation)
+    augmentation: PixelChanges = field(default_factory=PixelChanges)
     label_smoothing: float = 0.1
     flip_average: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"

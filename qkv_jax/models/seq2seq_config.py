@@ -69,8 +69,8 @@ class Config:
         dtype: of the computation; parameters are float32 always.
         pad: the token that fills up rows and is never attended to.
         context: how attention shares out the lengths, on a mesh whose axis "context" is larger
-            than 1: "ring", "zigzag" or "ulysses", see `context_parallel_attention`. The same is
-            computed by each.
+            than 1: "ring", "zigzag", "ulysses", "gather", or "auto", see
+            `context_parallel_attention`. The same is computed by each.
     """
 
     vocabulary: int = 0
@@ -108,7 +108,7 @@ class Config:
     activation_dropout: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     pad: int = 0
-    context: ContextMethod = "ring"
+    context: ContextMethod = "auto"
 
     def __post_init__(self):
         for name, choices in CHOICES.items():
@@ -159,6 +159,11 @@ class Config:
                     "heads must divide d_model, or head_size be given; got "
                     f"d_model = {self.d_model}, heads = {heads}."
                 )
+
+    @property
+    def cross_layers(self) -> list[str]:
+        """Names of the attention of the target to the source, in order."""
+        return [f"decoder.{i}.cross" for i in range(self.decoder_layers)]
 
     def side(self, name: Literal["encoder", "decoder"]) -> tuple[int, int, int, int]:
         """Heads N, key heads K, head size H and feed-forward width F of a side."""

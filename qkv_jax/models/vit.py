@@ -15,13 +15,13 @@ from flax import nnx
 
 from qkv_jax.layers import EncoderBlock, make_norm
 from qkv_jax.models.image_classification import (
-    Augmentation,
+    PixelChanges,
     check_sizes,
     class_logits,
     class_loss,
 )
-from qkv_jax.ops import dropout, patterns, pin, split_rng
-from qkv_jax.ops.images import patches
+from qkv_jax.ops import dropout, patterns, pin_stream, split_rng
+from qkv_jax.ops.pixels import patches
 
 Array = jax.Array
 Attention = Literal["full", "local", "rows", "columns"]
@@ -66,7 +66,7 @@ class Config:
     attention: tuple[Attention, ...] = ("full",)
     radius: int = 3
     dropout: float = 0.0
-    augmentation: Augmentation = field(default_factory=Augmentation)
+    augmentation: PixelChanges = field(default_factory=PixelChanges)
     label_smoothing: float = 0.1
     flip_average: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -152,7 +152,7 @@ class Model(nnx.Module):
         B, rows, columns, D = x.shape
         x = x + self.rows[...][None, :, None] + self.columns[...][None, None]
         x = dropout(x.reshape(B, rows * columns, D), config.dropout, rngs[0])
-        x = pin(x, "batch", "stream")
+        x = pin_stream(x)
         kinds = itertools.cycle(config.attention)
         for block, kind, block_rng in zip(self.blocks, kinds, rngs[1:]):
             x = attend(block, kind, x, (rows, columns), config.radius, block_rng)

@@ -20,6 +20,7 @@ from qkv_jax.ops.attention import dot_product_attention as dot_product_attention
 from qkv_jax.ops.attention import explain as explain
 from qkv_jax.ops.axes import LOGICAL_AXES as LOGICAL_AXES
 from qkv_jax.ops.axes import pin as pin
+from qkv_jax.ops.axes import pin_stream as pin_stream
 from qkv_jax.ops.cache import Ancestry as Ancestry
 from qkv_jax.ops.cache import KVCache as KVCache
 from qkv_jax.ops.context_parallel import ContextMethod as ContextMethod

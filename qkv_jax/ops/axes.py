@@ -17,8 +17,9 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "length": ("context",),
     # Of the residual stream: what tensor parallelism would have all devices repeat, they share.
-    # Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2.
-    "stream": ("context", "tensor"),
+    # Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2; there it is lengths that are shared.
+    "stream_rows": ("data", "fsdp", "tensor"),
+    "stream_length": ("context", "tensor"),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -83,6 +84,16 @@ def pin(x: Array, *names: str | None) -> Array:
         for name, size in zip(names, x.shape)
     ]
     return jax.lax.with_sharding_constraint(x, partition_spec(mesh, *fitting))
+
+
+def pin_stream(x: Array) -> Array:
+    """The residual stream (B, T, D), its rows shared out over "tensor" too, or else its lengths.
+
+    Rows lie one after the other, so that gathering them moves nothing within a device.
+    """
+    if x.shape[0] % shares(jax.sharding.get_abstract_mesh(), "stream_rows") == 0:
+        return pin(x, "stream_rows", "length")
+    return pin(x, "batch", "stream_length")
 
 
 def vary(tree: Any, like: Any, *more: str) -> Any:

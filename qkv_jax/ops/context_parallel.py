@@ -3,12 +3,13 @@
 Each device holds an equal part of the queries and of the keys. In a ring, the keys go round, and a
 device looks at the parts that come by; zigzag is a ring in which each device holds one part from
 the front and one from the back, so that a causal mask gives all the same work; Ulysses swaps the
-sharing of the length for one of the heads. Masks and scores keep their meaning: their indices are
-those of the whole. Axes: see reference.py.
+sharing of the length for one of the heads; to gather is to give each device all keys for its
+queries. Masks and scores keep their meaning: their indices are those of the whole. Axes: see
+reference.py.
 
 Source: ring: Liu et al. 2023, arXiv 2310.01889; zigzag: Brandon et al. 2023, arXiv 2311.09431
-(striped), in the layout of Llama 3, arXiv 2407.21783, section 3.3.2; Ulysses: Jacobs et al. 2023,
-arXiv 2309.14509.
+(striped), in the layout of Llama 3, arXiv 2407.21783, section 3.3.2, which gathers keys; Ulysses:
+Jacobs et al. 2023, arXiv 2309.14509.
 """
 
 import functools
@@ -37,7 +38,7 @@ from qkv_jax.ops.ring import ring
 from qkv_jax.ops.scores import Score, supported
 
 Array = jax.Array
-ContextMethod = Literal["ring", "zigzag", "ulysses"]
+ContextMethod = Literal["auto", "ring", "zigzag", "ulysses", "gather"]
 
 
 @overload
@@ -114,7 +115,9 @@ def context_parallel_attention(
         method: "ring": keys go round, and parts that the mask rules out are not looked at;
             "zigzag": the same with equal work under a causal mask, lengths are permuted inside
             and come back in order; "ulysses": heads are shared out in place of the length, for
-            which the mesh axis has to divide those of a device.
+            which the mesh axis has to divide those of a device; "gather": all keys come to each
+            device at once, in O(T / n + S) memory; "auto": "gather" where the pairs of a device
+            are so few that it computes them at once, else "ring".
         mesh: None: that of `jax.set_mesh`.
         axis: the mesh axis that shares out T and S; one that the mesh lacks counts as of size 1.
         batch_axes: those that share out B.
@@ -145,6 +148,7 @@ def context_parallel_attention(
     heads = head_axis if shares > 1 and N % shares == 0 else None
     shares = shares if heads else 1
     check_method(method, heads=N // shares, devices=devices)
+    method = _chosen(method, T // devices * S)
     key, value = (_enough_heads(x, N, shares) for x in (key, value))
     limits = blockwise.choose_limits(mask, (B, N, T, S))
     parts = devices * _halves(method)
@@ -261,6 +265,7 @@ def shard_attention(
     (B, T, N, _), S = query.shape, key.shape[1]
     devices = jax.lax.axis_size(axis)
     check_method(method, heads=N, devices=devices)
+    method = _chosen(method, T * S * devices)
     if method == "zigzag" and (T % 2 or S % 2):
         raise ValueError(
             f"zigzag needs an even number of queries and keys on a device; got {T} and {S}."
@@ -341,6 +346,13 @@ def check_method(method: str, *, heads: int, devices: int) -> None:
         )
 
 
+def _chosen(method: ContextMethod, pairs: int) -> ContextMethod:
+    """A method for so many queries of a device and keys of the whole."""
+    if method != "auto":
+        return method
+    return "gather" if pairs <= DENSE_PAIRS else "ring"
+
+
 def _attend_here(
     inputs: Inputs,
     plan: Plan,
@@ -372,11 +384,18 @@ def _attend_here(
     halves = _halves(method)
     size, each = _cut((T // halves, key.shape[1] // halves), plan.size)
     total = halves * devices * each[0], halves * devices * each[1]
-    plan = plan._replace(size=size, blocks=total, dense=T * key.shape[1] <= DENSE_PAIRS)
     here = jax.lax.axis_index(axis)
-    places = (_held(here, n, devices, halves) for n in each)
+    places: list[Any] = [_held(here, n, devices, halves) for n in each]
+    if method == "gather":
+        gather = functools.partial(jax.lax.all_gather, axis_name=axis, tiled=True)
+        inputs = inputs._replace(key=gather(key, axis=1), value=gather(value, axis=1))
+        places[1] = None
+    dense = T * inputs.key.shape[1] <= DENSE_PAIRS
+    plan = plan._replace(size=size, blocks=total, dense=dense)
     part = vary(Part(row, head, *places), inputs)
     inputs = vary(blockwise.filled(*inputs[:6], plan, part), inputs)
+    if method == "gather":
+        return blockwise.attend(inputs, plan)
     out, residual = ring(inputs, plan, axis, devices)
     if method == "zigzag":
         out, residual = (swap(x, back=True) for x in (out, residual))

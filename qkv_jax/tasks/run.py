@@ -68,8 +68,9 @@ def make_task(config: TaskConfig, mesh: Mesh) -> training.Task:
         )
     splits = config.data.load()
     model = fill_sizes(config.model, splits.sizes)
+    share = training.row_share(mesh)
     stream = ExampleStream(
-        splits.train, rows=config.batch_rows, seed=config.training.seed
+        splits.train, rows=config.batch_rows, seed=config.training.seed, share=share
     )
     evaluate = None
     if len(next(iter(splits.valid.values()), ())):
@@ -86,6 +87,7 @@ def make_task(config: TaskConfig, mesh: Mesh) -> training.Task:
         params=functools.partial(_params, model, seed=config.training.seed),
         loss_fn=make_loss(model),
         iterator=train_iterator(stream),
+        share=share,
         evaluate=evaluate,
         report=(*splits.report, str(splits), str(stream)),
         unit="examples",
@@ -219,6 +221,7 @@ def _predictions(
     def predict(params: Any) -> dict[str, np.ndarray]:
         parts = []
         for indices, batch in example_batches(arrays, rows=rows):
+            training.stop_point()
             found = jax.device_get(compiled(params, training.place_batch(batch, mesh)))
             real = indices >= 0
             parts.append({name: array[real] for name, array in found.items()})

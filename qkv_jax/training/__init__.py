@@ -35,6 +35,7 @@ from qkv_jax.training.runs import is_finished as is_finished
 from qkv_jax.training.runs import locked as locked
 from qkv_jax.training.runs import open_run as open_run
 from qkv_jax.training.runs import read_config as read_config
+from qkv_jax.training.seeds import train_seeds as train_seeds
 from qkv_jax.training.sharding import MeshConfig as MeshConfig
 from qkv_jax.training.sharding import auto_mesh as auto_mesh
 from qkv_jax.training.sharding import batch_shares as batch_shares
@@ -43,6 +44,7 @@ from qkv_jax.training.sharding import make_mesh as make_mesh
 from qkv_jax.training.sharding import place_batch as place_batch
 from qkv_jax.training.sharding import place_state as place_state
 from qkv_jax.training.sharding import replicated as replicated
+from qkv_jax.training.sharding import row_share as row_share
 from qkv_jax.training.sharding import state_shardings as state_shardings
 from qkv_jax.training.state import TrainState as TrainState
 from qkv_jax.training.state import abstract_state as abstract_state
@@ -50,6 +52,8 @@ from qkv_jax.training.state import create_state as create_state
 from qkv_jax.training.step import evaluate_loss as evaluate_loss
 from qkv_jax.training.step import make_eval_step as make_eval_step
 from qkv_jax.training.step import make_train_step as make_train_step
+from qkv_jax.training.stopping import saved_at as saved_at
+from qkv_jax.training.stopping import stop_point as stop_point
 from qkv_jax.training.task import Task as Task
 from qkv_jax.training.task import Trainable as Trainable
 from qkv_jax.training.task import in_directory as in_directory

@@ -11,6 +11,7 @@ first of them is begun, as run/checkpoints/constant/params/.
 import functools
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -29,6 +30,7 @@ from qkv_jax.training.state import TrainState
 FOLDER = "checkpoints"
 SIZES_FILE = "files.json"
 CONSTANT = "constant"
+PROGRESS = "progress"
 
 
 class CheckpointStore:
@@ -85,7 +87,7 @@ class CheckpointStore:
         items = {
             name: ocp.args.StandardSave(item) for name, item in _items(state).items()
         }
-        items["progress"] = ocp.args.JsonSave(dict(progress))
+        items[PROGRESS] = ocp.args.JsonSave(dict(progress))
         try:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except Exception as error:
@@ -157,6 +159,13 @@ class CheckpointStore:
         self._has_constant = True
         state = TrainState(params=params, ema=ema, constant=constant, **training)
         return state, progress
+
+    def tell(self, step: int, progress: Mapping[str, Any]) -> None:
+        """Replaces the progress of a complete checkpoint; at any moment it is the old or the new."""
+        self._policy.best_step = progress.get("best_step")
+        on_first(
+            lambda: _replace_progress(_step_directory(self.directory, step), progress)
+        )
 
     def wait(self) -> None:
         """Returns when the last checkpoint is complete."""
@@ -399,9 +408,19 @@ def _check_same(
 def _read_progress(checkpoint: Path) -> dict[str, Any]:
     _check_sizes(checkpoint)
     try:
-        return dict(ocp.JsonCheckpointHandler().restore(checkpoint / "progress"))
+        return dict(ocp.JsonCheckpointHandler().restore(checkpoint / PROGRESS))
     except Exception as error:
         raise _cut_short(checkpoint, error) from error
+
+
+def _replace_progress(checkpoint: Path, progress: Mapping[str, Any]) -> None:
+    # Its size is no longer known; that it is cut short would show in its JSON.
+    _write_sizes(checkpoint, without=PROGRESS)
+    place = checkpoint / PROGRESS
+    with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix=".tell-") as made:
+        ocp.JsonCheckpointHandler().save(Path(made), dict(progress))
+        for file in Path(made).iterdir():
+            os.replace(file, place / file.name)
 
 
 def _sizes(checkpoint: Path) -> dict[str, int]:
@@ -410,12 +429,22 @@ def _sizes(checkpoint: Path) -> dict[str, int]:
     return {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
 
 
-def _write_sizes(checkpoint: Path) -> None:
-    """Into the finished checkpoint, be it before or after orbax gave it its final name."""
+def _write_sizes(checkpoint: Path, *, without: str | None = None) -> None:
+    """Into the finished checkpoint, be it before or after orbax gave it its final name.
+
+    Args:
+        checkpoint: its final name.
+        without: an item whose files are left out.
+    """
     places = [*checkpoint.parent.glob(checkpoint.name + ".*"), checkpoint]
     place = next(path for path in places if path.is_dir())
     temporary = place / (SIZES_FILE + ".tmp")
-    temporary.write_text(json.dumps(_sizes(place)), encoding="utf-8")
+    sizes = {
+        name: size
+        for name, size in _sizes(place).items()
+        if Path(name).parts[0] != without
+    }
+    temporary.write_text(json.dumps(sizes), encoding="utf-8")
     os.replace(temporary, place / SIZES_FILE)
 
 

@@ -2,12 +2,10 @@
 
 import dataclasses
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
@@ -16,13 +14,13 @@ from rich.console import Console
 
 from qkv_jax.training.adapters import FinetuneConfig, count_params, merge_params
 from qkv_jax.training.checkpoint import CheckpointStore
-from qkv_jax.training.distributed import is_first
 from qkv_jax.training.errors import Interrupted, NotFinite
 from qkv_jax.training.metrics import MetricsWriter, ProgressLine, TrainLog, read_metrics
 from qkv_jax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
 from qkv_jax.training.sharding import auto_mesh, make_mesh, place_batch
 from qkv_jax.training.state import TrainState, create_state
 from qkv_jax.training.step import LossFn, make_train_step
+from qkv_jax.training.stopping import Signals, Stopped, stop_point
 
 Callback = Callable[[int, TrainState, dict[str, jax.Array]], None]
 
@@ -110,6 +108,7 @@ class Record:
         stale: evaluations in a row since.
         tokens: real target tokens trained on.
         seconds: wall time of training, all processes of the run together.
+        pending: the evaluation of this step was stopped, and is made when the run goes on.
     """
 
     step: int = 0
@@ -118,6 +117,7 @@ class Record:
     stale: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    pending: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,6 +158,7 @@ def train(
     optimizer: OptimizerConfig,
     config: TrainingConfig,
     iterator: BatchIterator,
+    share: tuple[int, int] = (0, 1),
     directory: str | os.PathLike,
     evaluate: Callable[[Any], dict[str, float]] | None = None,
     callbacks: Sequence[Callback] = (),
@@ -176,6 +177,8 @@ def train(
         optimizer: see OptimizerConfig.
         config: see TrainingConfig.
         iterator: endless batches, dicts of numpy arrays (B, ...). Only its position is changed.
+        share: (i, n): its arrays are block i of n equal ones of each batch's rows, see row_share;
+            (0, 1): all, the same in all processes.
         directory: of the run: checkpoints/, metrics.jsonl and event files go there. Open it with
             open_run first, so that no other run's is gone on with.
         evaluate: parameters (or their moving average) -> metrics, with the key config.metric.
@@ -196,7 +199,8 @@ def train(
             that ends; an evaluation without config.metric.
         RunError: losses or gradients that are not finite, config.max_skipped in a row; a checkpoint
             that does not fit, or is damaged and the only one; one that cannot be written.
-        Interrupted: SIGTERM or SIGINT came; the step it was at is saved. A second one ends the
+        Interrupted: SIGTERM or SIGINT came; the step it was at is saved. An evaluation is left at
+            its next `stop_point`, and made anew when the run goes on. A second signal ends the
             process at once.
     """
     if config.patience is not None and evaluate is None:
@@ -211,7 +215,7 @@ def train(
             ProgressLine(
                 config.steps, start=record.step, unit=unit, console=console
             ) as line,
-            _Signals() as signals,
+            Signals() as signals,
         ):
             if finetune is not None:
                 shapes = jax.eval_shape(params) if callable(params) else params
@@ -224,17 +228,22 @@ def train(
             session = _Session(
                 config, store, writer, line, record, evaluate, iterator, finetune
             )
-            while not session.ended:
-                rows = _next(iterator)
-                batch = place_batch(rows, mesh, accumulate=config.accumulate)
-                state, metrics, compiled = step_fn(state, batch)
-                session.after_step(state, metrics, rows, compiled=compiled)
-                for callback in callbacks:
-                    callback(record.step, state, metrics)
-                if signals.received and not session.ended:
-                    session.save(state)
-                    store.wait()
-                    raise Interrupted(signals.received, directory, record.step)
+            try:
+                session.evaluate_if_pending(state)
+                while not session.ended:
+                    rows = _next(iterator)
+                    batch = place_batch(
+                        rows, mesh, accumulate=config.accumulate, share=share
+                    )
+                    state, metrics, compiled = step_fn(state, batch)
+                    session.after_step(state, metrics, rows, compiled=compiled)
+                    for callback in callbacks:
+                        callback(record.step, state, metrics)
+                    stop_point()
+            except Stopped:
+                session.save(state)
+                store.wait()
+                raise Interrupted(signals.received, directory, record.step) from None
             session.finish(step_fn)
     return _result(state, session, step_fn, directory, time.perf_counter() - began)
 
@@ -298,35 +307,6 @@ class _CountedStep:
         return *result, True
 
 
-class _Signals:
-    """Notes SIGTERM and SIGINT while the loop runs, so that it can save and end between steps.
-
-    Of one process in its main thread: several would have to agree on the step, and no other
-    thread can set handlers. There the signals do what they always do.
-    """
-
-    def __init__(self):
-        self.received: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Self:
-        main = threading.current_thread() is threading.main_thread()
-        if main and jax.process_count() == 1:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: object) -> None:
-        del frame
-        if self.received is not None:
-            os._exit(128 + number)
-        self.received = signal.Signals(number)
-
-
 class _Session:
     """What happens between two steps: metrics, evaluation, checkpoints, the end."""
 
@@ -370,11 +350,12 @@ class _Session:
 
     def _keep_rows(self, error: NotFinite) -> NotFinite:
         """Saves the batch of the step that failed: that of the last push, or the one before."""
-        file = Path(self.store.directory) / "not_finite.npz"
-        if is_first():
-            rows = self._rows[-1 if self.log.step == self.record.step else 0]
-            content: dict[str, Any] = {"step": self.log.step, **rows}
-            np.savez(file, **content)
+        # Each process has its own rows.
+        part = f".{jax.process_index()}" if jax.process_count() > 1 else ""
+        file = Path(self.store.directory) / f"not_finite{part}.npz"
+        rows = self._rows[-1 if self.log.step == self.record.step else 0]
+        content: dict[str, Any] = {"step": self.log.step, **rows}
+        np.savez(file, **content)
         return NotFinite(f"{error}. Its batch is in {file}")
 
     def _save_if_due(self, state: TrainState) -> None:
@@ -409,7 +390,9 @@ class _Session:
             return False
         self.log.flush()
         trained = state.params if state.ema is None else state.ema
+        record.pending = True
         values = self.evaluate(merge_params(trained, state.constant, self.finetune))
+        record.pending = False
         self.log.restart()
         if config.metric not in values:
             raise ValueError(
@@ -422,6 +405,12 @@ class _Session:
         self.line.say(f"step {record.step}  validation  {shown}")
         return _note_evaluation(record, float(values[config.metric]), config.mode)
 
+    def evaluate_if_pending(self, state: TrainState) -> None:
+        """What was stopped when the step was saved; its checkpoint is told of the outcome."""
+        if self.record.pending:
+            self._evaluate_if_due(state)
+            self.store.tell(self.record.step, self._progress())
+
     def save(self, state: TrainState) -> None:
         """Starts a checkpoint of this step, where there is none yet."""
         if self._saved == self.record.step:
@@ -430,8 +419,10 @@ class _Session:
         self.log.flush()
         self.record.tokens = self._tokens + round(self.log.meter.tokens)
         self.record.seconds = self._seconds + self.log.meter.seconds
-        progress = dataclasses.asdict(self.record) | {"data": self.iterator.get_state()}
-        self.store.save(self.record.step, state, progress)
+        self.store.save(self.record.step, state, self._progress())
+
+    def _progress(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.record) | {"data": self.iterator.get_state()}
 
 
 def _note_evaluation(record: Record, value: float, mode: str) -> bool:

@@ -10,22 +10,24 @@ from typing import Any
 PACKAGE = "qkv_jax"
 
 
-def to_plain(value: Any) -> Any:
+def to_plain(value: Any, kind: Any = None) -> Any:
     """A dataclass of dataclasses, tuples, paths and plain values, in JSON's types.
 
-    An object where its field says no type carries the name of its class and of its module.
+    An object carries the name of its class; and of its module, where `kind`, the type that its
+    place has, does not tell it.
     """
     if isinstance(value, tuple):
         return [to_plain(item) for item in value]
     if not dataclasses.is_dataclass(value):
         return str(value) if isinstance(value, Path) else value
-    hints = typing.get_type_hints(type(value))
-    content: dict[str, Any] = {"kind": type(value).__name__}
+    own = type(value)
+    hints = typing.get_type_hints(own)
+    content: dict[str, Any] = {"kind": own.__name__}
+    if kind is Any or _named_so(kind, own.__name__)[:1] not in ([], [own]):
+        content["module"] = own.__module__
     for field in dataclasses.fields(value):
         part = getattr(value, field.name)
-        content[field.name] = to_plain(part)
-        if hints[field.name] is Any and dataclasses.is_dataclass(part):
-            content[field.name]["module"] = type(part).__module__
+        content[field.name] = to_plain(part, hints[field.name])
     return content
 
 
@@ -43,12 +45,14 @@ def from_plain(kind: Any, content: Any) -> Any:
     if kind is Any and isinstance(content, dict) and "module" in content:
         kind = _named(content["module"], content["kind"])
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        kinds = list(typing.get_args(kind))
-        if isinstance(content, dict):
-            kinds = [k for k in kinds if getattr(k, "__name__", "") == content["kind"]]
-        elif content is None:
+        if content is None:
             return None
-        return from_plain(next(k for k in kinds if k is not type(None)), content)
+        kinds = [k for k in typing.get_args(kind) if k is not type(None)]
+        if isinstance(content, dict):
+            kinds = _named_so(kind, content["kind"])
+            module = content.get("module", kinds[0].__module__ if kinds else "")
+            kinds = [k for k in kinds if k.__module__ == module]
+        return from_plain(next(iter(kinds)), content)
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         fields = {n: x for n, x in content.items() if n not in ("kind", "module")}
@@ -57,6 +61,13 @@ def from_plain(kind: Any, content: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         return tuple(content)
     return Path(content) if kind is Path else content
+
+
+def _named_so(kind: Any, name: str) -> list[Any]:
+    """The types of a union that have a name; models' configurations share theirs."""
+    if typing.get_origin(kind) not in (typing.Union, types.UnionType):
+        return []
+    return [k for k in typing.get_args(kind) if getattr(k, "__name__", "") == name]
 
 
 def _named(module: str, name: str) -> Any:

@@ -22,9 +22,16 @@ class RunConfig:
 
     Attributes:
         directory: of the run; None: runs/<name of the experiment>.
+        seeds: runs to train, of as many seeds from training.seed on, in directory/seed-<seed>;
+            their mean is the result. 1: one run, in the directory itself.
     """
 
     directory: Path | None = None
+    seeds: int = 1
+
+    def __post_init__(self):
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1; got {self.seeds}.")
 
 
 def open_run(
@@ -49,21 +56,26 @@ def open_run(
     if not _prepare(directory):
         _write_json(directory / CONFIG_FILE, config)
         return "new"
-    differing = _differences(read_config(directory), config)
-    if differing:
-        shown = "; ".join(differing[:_SHOWN_DIFFERENCES])
-        more = len(differing) - _SHOWN_DIFFERENCES
-        raise RunError(
-            f"{directory} is a run of another configuration ({shown}"
-            f"{f'; and {more} more' if more > 0 else ''}): use its options to resume it, "
-            "or choose another --run.directory."
-        )
+    _refuse(directory, _differences(read_config(directory), config))
     if is_finished(directory):
         raise RunError(
             f"{directory} is a finished run: use `qkv-jax evaluate {directory}` or "
             f"`qkv-jax translate {directory}`, or choose another --run.directory to train again."
         )
     return "resume"
+
+
+def check_config(directory: str | os.PathLike, config: Mapping[str, Any]) -> None:
+    """Makes sure that a run has this configuration, whatever else makes it what it is.
+
+    Raises:
+        RunError: it has another one; or the directory is not a run.
+    """
+    there = read_config(directory)
+    here = json.loads(json.dumps(config))
+    _refuse(
+        directory, _differences({n: x for n, x in there.items() if n in here}, here)
+    )
 
 
 @contextlib.contextmanager
@@ -118,6 +130,18 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
         raise RunError(
             f"{file} cannot be read ({error}): restore it, or use another run."
         ) from error
+
+
+def _refuse(directory: str | os.PathLike, differing: list[str]) -> None:
+    if not differing:
+        return
+    shown = "; ".join(differing[:_SHOWN_DIFFERENCES])
+    more = len(differing) - _SHOWN_DIFFERENCES
+    raise RunError(
+        f"{directory} is a run of another configuration ({shown}"
+        f"{f'; and {more} more' if more > 0 else ''}): use its options to resume it, "
+        "or choose another --run.directory."
+    )
 
 
 def _prepare(directory: Path) -> bool:

@@ -145,14 +145,36 @@ def place_state(state: Any, mesh: Mesh) -> Any:
     return jax.tree.map(_place, state, state_shardings(state, mesh))
 
 
-def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, *, accumulate: int = 1):
+def row_share(mesh: Mesh) -> tuple[int, int]:
+    """(i, n): of a batch's rows, this process's devices hold block i of n equal ones.
+
+    All of them, (0, 1), where what they hold is no such block.
+    """
+    parts = batch_shares(mesh)
+    places = logical_sharding(mesh, "batch").addressable_devices_indices_map((parts,))
+    own = sorted({at[0].indices(parts)[0] for at in places.values() if at is not None})
+    size = len(own)
+    in_order = own == list(range(own[0], own[0] + size))
+    if in_order and parts % size == 0 and own[0] % size == 0:
+        return own[0] // size, parts // size
+    return 0, 1
+
+
+def place_batch(
+    batch: dict[str, np.ndarray],
+    mesh: Mesh,
+    *,
+    accumulate: int = 1,
+    share: tuple[int, int] = (0, 1),
+):
     """Puts a batch on the mesh, its rows split over "data" and "fsdp".
 
     Args:
-        batch: arrays (B, ...), equal B, the same in all processes; each puts just the rows of
-            its own devices there.
+        batch: arrays (B, ...), equal B; each process puts just the rows of its own devices there.
         mesh: see make_mesh.
         accumulate: microbatches the step will split the rows into.
+        share: (i, n): the arrays are block i of n equal ones of the batch's B rows, as row_share
+            says; (0, 1): all, the same in all processes.
 
     Returns:
         A dict of global arrays.
@@ -163,13 +185,21 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, *, accumulate: int = 1
     sharding = logical_sharding(mesh, "batch")
     parts = batch_shares(mesh)
     for name, array in batch.items():
-        if array.shape[0] % (parts * accumulate):
+        rows = array.shape[0] * share[1]
+        if rows % (parts * accumulate):
             raise ValueError(
-                f"batch[{name!r}] has {array.shape[0]} rows, which {parts} groups of devices times "
+                f"batch[{name!r}] has {rows} rows, which {parts} groups of devices times "
                 f"{accumulate} accumulation steps do not divide: use a multiple of "
                 f"{parts * accumulate} rows."
             )
-    return {name: _place(array, sharding) for name, array in batch.items()}
+    if sharding.is_fully_addressable:
+        return {name: _place(array, sharding) for name, array in batch.items()}
+    return {
+        name: jax.make_array_from_process_local_data(
+            sharding, array, (array.shape[0] * share[1], *array.shape[1:])
+        )
+        for name, array in batch.items()
+    }
 
 
 def _place(array: Any, sharding: NamedSharding) -> jax.Array:

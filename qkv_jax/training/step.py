@@ -17,6 +17,7 @@ from qkv_jax.training.sharding import (
     state_shardings,
 )
 from qkv_jax.training.state import TrainState
+from qkv_jax.training.stopping import stop_point
 
 # (params, batch, rng) -> (loss_sum, aux): float32 sums over the batch's real target tokens;
 # aux holds at least "tokens", their number. rng is a typed key, or None: deterministic.
@@ -157,7 +158,12 @@ def evaluate_loss(
     Raises:
         ValueError: there is no batch.
     """
-    sums = [eval_step(params, place_batch(batch, mesh)) for batch in batches]
+    sums: list[Metrics] = []
+    for batch in batches:
+        stop_point()
+        sums.append(eval_step(params, place_batch(batch, mesh)))
+        # No long queue of work, which a stop would have to wait for.
+        jax.block_until_ready(sums[-2:][0])
     if not sums:
         raise ValueError("batches must hold at least one batch to evaluate on.")
     total = jax.tree.map(lambda *xs: sum(map(float, xs)), *jax.device_get(sums))

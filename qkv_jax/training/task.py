@@ -26,6 +26,7 @@ from qkv_jax.training.optimizers import OptimizerConfig
 from qkv_jax.training.runs import RunConfig, finish_run, locked, open_run
 from qkv_jax.training.sharding import MeshConfig, make_mesh, state_shardings
 from qkv_jax.training.step import LossFn
+from qkv_jax.training.stopping import saved_at
 
 Evaluate = Callable[[Any], dict[str, float]]
 
@@ -46,7 +47,7 @@ class Task:
     Attributes:
         params: see `train`.
         loss_fn: see `make_train_step`.
-        iterator: see `train`.
+        iterator, share: see `train`.
         evaluate: see `train`.
         finetune: see `train`.
         report: lines about the data.
@@ -64,6 +65,7 @@ class Task:
     params: Any | Callable[[], Any]
     loss_fn: LossFn
     iterator: BatchIterator
+    share: tuple[int, int] = (0, 1)
     evaluate: Evaluate | None = None
     finetune: FinetuneConfig | None = None
     report: Sequence[str] = ()
@@ -125,6 +127,7 @@ def train_task(config: Trainable, *, console: Console | None = None) -> dict[str
         ValueError: the data cannot be used; the message says why.
         RunError: the directory is another run's, a finished one, in use, or damaged; or the mesh
             does not fit.
+        Interrupted: SIGTERM or SIGINT came, in training or after it; see `train`.
     """
     with contextlib.ExitStack() as held:
         return _train_task(config, console, held)
@@ -181,6 +184,7 @@ def _train_task(
         config=config.training,
         finetune=task.finetune,
         iterator=task.iterator,
+        share=task.share,
         directory=directory,
         evaluate=task.evaluate,
         mesh=mesh,
@@ -200,7 +204,8 @@ def _train_task(
         "compilations": result.compilations,
         "compile_seconds": result.compile_seconds,
     }
-    summary |= task.finish(directory)
+    with saved_at(result.step, directory):
+        summary |= task.finish(directory)
     summary["seconds"] = time.perf_counter() - began
     on_first(lambda: finish_run(directory, summary))
     return summary

@@ -21,6 +21,7 @@ from qkv_jax.training import (
     make_schedule,
     to_plain,
 )
+from qkv_jax.translation.models import ModelConfig
 
 METRICS = {"loss": "min", "nll": "min", "correct": "max", "bleu": "max"}
 
@@ -185,7 +186,7 @@ class TranslationConfig:
         languages: of a published model for several.
         finetune: which of its parameters are trained.
         text: tokeniser and batches.
-        model: sizes of the Transformer; its vocabulary is the tokeniser's. With init_from, only
+        model: sizes of the Transformer, or of the recurrent model; its vocabulary is the tokeniser's. With init_from, only
             its dropout rates, dtype and context count.
         label_smoothing: share of the target distribution spread over all subwords.
         optimizer, training, mesh: how it is trained, and on which devices.
@@ -201,7 +202,7 @@ class TranslationConfig:
     languages: LanguageConfig = field(default_factory=LanguageConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    model: seq2seq.Config = field(default_factory=seq2seq.tiny)
+    model: ModelConfig = field(default_factory=seq2seq.tiny)
     label_smoothing: float = 0.1
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig

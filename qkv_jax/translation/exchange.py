@@ -18,6 +18,7 @@ from qkv_jax.interop import (
     save,
     verify,
 )
+from qkv_jax.models import seq2seq
 from qkv_jax.translation.config import LanguageConfig
 from qkv_jax.translation.start import NO_LANGUAGES, Checkpoint, Start, load_start
 
@@ -98,6 +99,10 @@ def weights(start: Start) -> Any:
     if start.pretrained is not None:
         return dataclasses.replace(
             start.pretrained, start=tokenizer.start, eos=tokenizer.eos, first=first
+        )
+    if not isinstance(start.model, seq2seq.Config):
+        raise InteropError(
+            "a recurrent model has no place in the formats of transformers and CTranslate2"
         )
     return Trained(
         config=start.model,

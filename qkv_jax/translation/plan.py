@@ -12,8 +12,9 @@ from qkv_jax.data import PAD
 from qkv_jax.models import seq2seq
 from qkv_jax.training.plan import HARDWARE, Hardware, Plan, plan_step
 from qkv_jax.translation.config import TranslationConfig
+from qkv_jax.translation.models import init_params
 from qkv_jax.translation.run import make_loss
-from qkv_jax.translation.start import init_params, started
+from qkv_jax.translation.start import started
 
 
 def plan_run(config: TranslationConfig) -> Plan:
@@ -31,6 +32,8 @@ def plan_run(config: TranslationConfig) -> Plan:
     start = started(config)
     model = dataclasses.replace(config.model, vocabulary=text.vocabulary, pad=PAD)
     model = model if start is None else start.model
+    if not isinstance(model, seq2seq.Config):
+        raise training.RunError("plan knows what a Transformer costs, not this model")
     try:
         mesh = training.make_mesh(config.mesh)
         seq2seq.check_heads(model, mesh.shape)

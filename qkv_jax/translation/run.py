@@ -17,12 +17,17 @@ from qkv_jax.models import seq2seq
 from qkv_jax.training.losses import projected_cross_entropy
 from qkv_jax.translation.config import TranslationConfig
 from qkv_jax.translation.evaluate import Scores, score
-from qkv_jax.translation.search import model_graph, shift
+from qkv_jax.translation.models import (
+    ModelConfig,
+    check_mesh,
+    init_params,
+    model_graph,
+)
+from qkv_jax.translation.search import shift
 from qkv_jax.translation.start import (
     TOKENIZER,
     Checkpoint,
     Start,
-    init_params,
     load_translator,
     read_run,
     save_start,
@@ -50,6 +55,7 @@ def prepare(
     *,
     tokenizer: SentenceTokenizer | None = None,
     rows_multiple: int = 1,
+    share: tuple[int, int] = (0, 1),
 ) -> Prepared:
     """Reads, filters, tokenises and batches the corpus of a configuration.
 
@@ -57,6 +63,7 @@ def prepare(
         config: of the run.
         tokenizer: None: one is trained on the corpus.
         rows_multiple: what the rows of every batch are a multiple of.
+        share: which block of its rows the stream gives, see `BatchStream`.
 
     Raises:
         DataError: the text cannot be read, or nothing is left of it.
@@ -90,6 +97,7 @@ def prepare(
         overlong=text.overlong,
         packing=text.packing,
         seed=config.training.seed,
+        share=share,
     )
     report = [] if corpus.report is None else [f"corpus: {corpus.report}"]
     report += [
@@ -104,7 +112,7 @@ def prepare(
 
 
 def make_loss(
-    config: seq2seq.Config,
+    config: ModelConfig,
     label_smoothing: float,
     *,
     start: int = BOS,
@@ -151,11 +159,12 @@ def make_task(config: TranslationConfig, mesh: jax.sharding.Mesh) -> training.Ta
         RunError: the mesh does not fit the model.
     """
     multiple = training.batch_shares(mesh) * config.training.accumulate
-    start = started(config)
+    start, share = started(config), training.row_share(mesh)
     prepared = prepare(
         config,
         tokenizer=None if start is None else start.tokenizer,
         rows_multiple=multiple,
+        share=share,
     )
     if config.training.patience is not None and not prepared.corpus.valid:
         raise data.DataError(
@@ -165,7 +174,7 @@ def make_task(config: TranslationConfig, mesh: jax.sharding.Mesh) -> training.Ta
     tokenizer = prepared.tokenizer
     model = _model(config, start, tokenizer)
     try:
-        seq2seq.check_heads(model, mesh.shape)
+        check_mesh(model, mesh.shape)
     except ValueError as error:
         raise training.RunError(f"mesh: {error}") from error
 
@@ -180,6 +189,7 @@ def make_task(config: TranslationConfig, mesh: jax.sharding.Mesh) -> training.Ta
         params=make_params if start is None else start.params,
         loss_fn=_loss(config, model, tokenizer),
         iterator=data.train_iterator(prepared.stream),
+        share=share,
         evaluate=_validation(config, model, prepared, mesh) if has_valid else None,
         finetune=config.finetune,
         report=prepared.report,
@@ -261,14 +271,14 @@ def draw_attention(
     """Draws a layer's attention for one sentence; the last cross-attention by default."""
     from qkv_jax import viz  # Imported here: matplotlib takes most of a second.
 
-    layer = layer or f"decoder.{translator.config.decoder_layers - 1}.cross"
+    layer = layer or translator.config.cross_layers[-1]
     weights, looked_at, asks = translator.attention(sentence, layer=layer)
     viz.plot_attention(weights, looked_at, asks, path, title=layer)
 
 
 def _model(
     config: TranslationConfig, start: Start | None, tokenizer: SentenceTokenizer
-) -> seq2seq.Config:
+) -> ModelConfig:
     if start is not None:
         return start.model
     return dataclasses.replace(
@@ -277,7 +287,7 @@ def _model(
 
 
 def _loss(
-    config: TranslationConfig, model: seq2seq.Config, tokenizer: SentenceTokenizer
+    config: TranslationConfig, model: ModelConfig, tokenizer: SentenceTokenizer
 ) -> training.step.LossFn:
     return make_loss(
         model, config.label_smoothing, start=tokenizer.start, eos=tokenizer.eos
@@ -285,7 +295,7 @@ def _loss(
 
 
 def _validation(
-    config: TranslationConfig, model: seq2seq.Config, prepared: Prepared, mesh
+    config: TranslationConfig, model: ModelConfig, prepared: Prepared, mesh
 ) -> Callable[[Any], dict[str, float]]:
     """parameters -> loss per token on the validation pairs, and BLEU of the first of them."""
     valid, text = prepared.valid, config.text

@@ -18,7 +18,6 @@ from qkv_jax.decoding import (
     sample,
     score_targets,
 )
-from qkv_jax.models import seq2seq
 from qkv_jax.translation.config import DecodingConfig
 
 Array = jax.Array
@@ -32,22 +31,6 @@ class Ids(NamedTuple):
     eos: int
     pad: int
     never: tuple[int, ...]
-
-
-def model_graph(config: seq2seq.Config) -> nnx.GraphDef:
-    """The static half of the model; its parameters are not made."""
-    return _halves(config)[0]
-
-
-def model_shapes(config: seq2seq.Config) -> Any:
-    """The parameters of the model as shapes and dtypes."""
-    return _halves(config)[1]
-
-
-@functools.cache
-def _halves(config: seq2seq.Config) -> tuple[nnx.GraphDef, Any]:
-    model = nnx.eval_shape(lambda: seq2seq.Model(config, rngs=nnx.Rngs(0)))
-    return nnx.split(model, nnx.Param)
 
 
 @functools.partial(

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-from flax import nnx
 
 from qkv_jax import data, training
 from qkv_jax.data import SentenceTokenizer, Tokenizer, write_atomically
@@ -26,7 +25,7 @@ from qkv_jax.translation.config import (
     LanguageConfig,
     TranslationConfig,
 )
-from qkv_jax.translation.search import model_shapes
+from qkv_jax.translation.models import ModelConfig, model_shapes
 from qkv_jax.translation.translator import Translator
 
 TOKENIZER = "tokenizer"
@@ -64,7 +63,7 @@ class Start(NamedTuple):
         pretrained: where it is a published one, what it takes to write it back.
     """
 
-    model: seq2seq.Config
+    model: ModelConfig
     params: Any
     tokenizer: SentenceTokenizer
     decoding: DecodingConfig
@@ -240,13 +239,19 @@ def started(config: TranslationConfig) -> Start | None:
     if config.init_from is None:
         return None
     start = load_start(config.init_from, languages=config.languages)
-    changes = {name: getattr(config.model, name) for name in FREE}
+    if type(config.model) is not type(start.model):
+        raise training.RunError(
+            f"{config.init_from} is another kind of model than the experiment's: start from one "
+            "of the same kind"
+        )
+    free = {f.name for f in dataclasses.fields(config.model)} & set(FREE)
+    changes: dict[str, Any] = {name: getattr(config.model, name) for name in free}
     return start._replace(model=dataclasses.replace(start.model, **changes))
 
 
 def run_model(
     config: TranslationConfig, tokenizer: SentenceTokenizer, directory: Path
-) -> seq2seq.Config:
+) -> ModelConfig:
     """The model of a run: that which it started from, or the configured one.
 
     Raises:
@@ -258,8 +263,10 @@ def run_model(
             config.model, vocabulary=tokenizer.target_size, pad=tokenizer.pad
         )
     try:
-        return seq2seq.Config(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        content.setdefault("kind", "Config")
+        return training.from_plain(ModelConfig, content)
+    except (KeyError, OSError, ValueError, TypeError) as error:
         raise training.RunError(f"{file} is damaged ({error}): restore it.") from error
 
 
@@ -267,7 +274,7 @@ def save_start(start: Start, directory: Path) -> None:
     """Writes what the run needs of it: model.json, and of a published model, its names."""
     write_atomically(
         directory / MODEL,
-        json.dumps(dataclasses.asdict(start.model), indent=1).encode(),
+        json.dumps(training.to_plain(start.model, ModelConfig), indent=1).encode(),
     )
     if start.pretrained is not None:
         save_description(start.pretrained, directory / TOKENIZER)
@@ -288,14 +295,14 @@ def _of_run(directory: Path, checkpoint: Checkpoint | None) -> Start:
         raise training.RunError(str(error)) from error
     model = run_model(config, tokenizer, directory)
     params = _restore(config, model, directory, checkpoint)
-    if pretrained is not None:
+    if pretrained is not None and isinstance(model, seq2seq.Config):
         pretrained = dataclasses.replace(pretrained, config=model, params=params)
     return Start(model, params, tokenizer, config.decoding, pretrained)
 
 
 def _restore(
     config: TranslationConfig,
-    model: seq2seq.Config,
+    model: ModelConfig,
     directory: Path,
     checkpoint: Checkpoint | None,
 ) -> Any:
@@ -307,8 +314,3 @@ def _restore(
     if checkpoint == "average":
         return training.average_params(directory, like, count=average, **tuned)
     return training.restore_params(directory, like, step=checkpoint, **tuned)
-
-
-def init_params(config: seq2seq.Config, *, seed: int) -> Any:
-    """The parameters of a new model."""
-    return nnx.state(seq2seq.Model(config, rngs=nnx.Rngs(seed)), nnx.Param)

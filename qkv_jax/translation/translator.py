@@ -28,11 +28,13 @@ from qkv_jax.training import (
     make_mesh,
     place_batch,
     place_state,
+    stop_point,
 )
 from qkv_jax.training.distributed import fetch
 from qkv_jax.translation import search
 from qkv_jax.translation.alignment import Alignment, align, side_by_side
 from qkv_jax.translation.config import DecodingConfig
+from qkv_jax.translation.models import ModelConfig, model_graph
 from qkv_jax.translation.overlong import split_text
 from qkv_jax.translation.rows import (
     SHORTEST_ROW,
@@ -41,7 +43,6 @@ from qkv_jax.translation.rows import (
     phrase_rows,
     row_lengths,
 )
-from qkv_jax.translation.search import model_graph
 
 
 class Translation(NamedTuple):
@@ -92,7 +93,7 @@ class Translator:
 
     def __init__(
         self,
-        config: seq2seq.Config,
+        config: ModelConfig,
         params: Any,
         tokenizer: SentenceTokenizer,
         *,
@@ -104,7 +105,7 @@ class Translator:
 
         Args:
             config: of the model.
-            params: the `nnx.Param` state of `seq2seq.Model(config)`.
+            params: the `nnx.Param` state of the model.
             tokenizer: of the model.
             decoding: how to search.
             mesh: devices that share the rows; None: all.
@@ -196,6 +197,7 @@ class Translator:
         """`score` of tokens."""
         results = [PairScore(0.0, 0.0, 0)] * len(encoded.source)
         for indices, batch in self._pair_batches(encoded):
+            stop_point()
             prefix = self._prefix_rows([()] * len(indices))
             if prefix is not None:
                 batch = batch | {"prefix": prefix}
@@ -281,7 +283,7 @@ class Translator:
         source_ids = np.array([ids], np.int32)
         found = fetch(self.search(np.repeat(source_ids, batch_shares(self.mesh), 0)))
         target_ids = found.tokens[:1, 0, : found.lengths[0, 0]]
-        layer = layer or f"decoder.{self.config.decoder_layers - 1}.cross"
+        layer = layer or self.config.cross_layers[-1]
         weights = np.asarray(self._attention(source_ids, target_ids, layer))[0]
         encoder, cross = layer.startswith("encoder"), layer.endswith("cross")
         source_pieces = self.tokenizer.source_pieces(source_ids[0].tolist())
@@ -346,6 +348,7 @@ class Translator:
         ]
         banned = tuple(self._content(text) for text in wishes.banned)
         for indices, source in self._source_batches(texts):
+            stop_point()
             rows = [i if i >= 0 else None for i in indices]
             found = fetch(
                 self.search(
@@ -423,7 +426,7 @@ class Translator:
         results: list[list[Translation]],
     ) -> None:
         """Adds alignments to the translations of a batch, one rank after the other."""
-        layer = f"decoder.{max(0, self.config.decoder_layers - 2)}.cross"
+        layer = self.config.cross_layers[-2:][0]
         for rank in range(max(len(results[i]) for i in indices if i >= 0)):
             weights = np.asarray(
                 self._attention(source, found.tokens[:, rank], layer), np.float32
@@ -466,11 +469,10 @@ def _join(parts: Sequence[Sequence[Translation]]) -> list[Translation]:
     return joined
 
 
-def _within(
-    decoding: DecodingConfig, configs: Sequence[seq2seq.Config]
-) -> DecodingConfig:
+def _within(decoding: DecodingConfig, configs: Sequence[ModelConfig]) -> DecodingConfig:
     """No longer than positions are known for."""
-    known = [c.max_positions for c in configs if c.positions == "learned"]
+    transformers = [c for c in configs if isinstance(c, seq2seq.Config)]
+    known = [c.max_positions for c in transformers if c.positions == "learned"]
     return dataclasses.replace(
         decoding,
         max_source=min([decoding.max_source, *known]),

@@ -111,9 +111,7 @@ def test_the_parts_of_processes_make_the_whole_batch(count):
             make_pairs(), BUCKETS, target_tokens=60, rows_multiple=4, **process
         )
 
-    parts = [
-        epoch_of(stream(process_index=i, process_count=count)) for i in range(count)
-    ]
+    parts = [epoch_of(stream(share=(i, count))) for i in range(count)]
     for whole, *blocks in zip(epoch_of(stream()), *parts, strict=True):
         for side in whole:
             joined = np.concatenate([block[side] for block in blocks])
@@ -168,8 +166,8 @@ def test_a_restored_position_continues_with_the_same_batches(prefetch):
     ("options", "message"),
     [
         ({"overlong": "cut"}, "overlong must be"),
-        ({"process_index": 2, "process_count": 2}, "process_count must exceed"),
-        ({"process_count": 2, "rows_multiple": 3}, "divide rows_multiple"),
+        ({"share": (2, 2)}, "i < n"),
+        ({"share": (0, 2), "rows_multiple": 3}, "must divide rows_multiple = 3"),
     ],
 )
 def test_misuse_is_named(options, message):

@@ -137,7 +137,7 @@ def test_overlong_pairs_are_cut_to_a_row_of_their_own_or_dropped():
 
 def test_processes_share_the_rows_of_a_batch():
     whole = stream()
-    parts = [stream(process_index=i, process_count=2) for i in range(2)]
+    parts = [stream(share=(i, 2)) for i in range(2)]
     for index in (0, 5):
         for name, rows in whole[index].items():
             together = np.concatenate([part[index][name] for part in parts])

@@ -1,21 +1,9 @@
-"""Toy batches of images, and what toy classifiers make of them, on one device or many."""
-
-import functools
+"""Toy batches of images, and what toy classifiers make of them."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-
-from qkv_jax.training import (
-    MeshConfig,
-    OptimizerConfig,
-    create_state,
-    make_mesh,
-    make_optimizer,
-    make_train_step,
-    place_batch,
-)
 
 
 def make_batch(config, rows):
@@ -39,37 +27,21 @@ def build(module, config):
 
 
 def logits(module, config, batch):
-    return _logits(*nnx.split(build(module, config)), batch)
+    def predict(model):
+        return model.predict(batch)["logits"]
+
+    return _computed(predict, module, config)
 
 
 def loss_sums(module, config, batch, *, rng=None):
-    return _loss_sums(*nnx.split(build(module, config)), batch, rng)
+    return _computed(lambda model: model.loss(batch, rng=rng)[1], module, config)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(graph, params, batch):
-    return nnx.merge(graph, params).predict(batch)["logits"]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _loss_sums(graph, params, batch, rng):
-    return nnx.merge(graph, params).loss(batch, rng=rng)[1]
-
-
-def losses_on_a_mesh(module, config, batch, *, devices, steps=3):
-    """The losses of a few steps, with all randomness, on 1 or on 8 devices."""
-    shape = MeshConfig(data=2, fsdp=2, tensor=2) if devices == 8 else MeshConfig()
-    mesh = make_mesh(shape, devices=jax.devices()[:devices])
-    graph, params = nnx.split(module.Model(config, rngs=nnx.Rngs(0)), nnx.Param)
-    optimizer = make_optimizer(OptimizerConfig(peak_lr=0.02, warmup_steps=1), steps)
-    state = create_state(params, optimizer, seed=0, mesh=mesh)
-
-    def loss(params, batch, rng):
-        return nnx.merge(graph, params).loss(batch, rng=rng)
-
-    step = make_train_step(loss, optimizer, mesh=mesh)
-    placed, losses = place_batch(batch, mesh), []
-    for _ in range(steps):
-        state, metrics = step(state, placed)
-        losses.append(float(metrics["loss"]))
-    return losses
+def _computed(function, module, config):
+    graph, params = nnx.split(build(module, config))
+    # Compiling takes nearly all of the time, and half of that goes into speed.
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        return jax.jit(lambda params: function(nnx.merge(graph, params)))(params)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)

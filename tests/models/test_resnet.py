@@ -7,8 +7,10 @@ import pytest
 from flax import nnx
 
 from qkv_jax.models import resnet
-from qkv_jax.models.image_classification import Augmentation
-from tests.models.images import logits, loss_sums, losses_on_a_mesh, make_batch
+from qkv_jax.models.image_classification import PixelChanges
+from qkv_jax.training import MeshConfig
+from tests.models.images import logits, loss_sums, make_batch
+from tests.tasks.steps import step_losses
 
 TINY = resnet.Config(
     height=10,
@@ -20,7 +22,7 @@ TINY = resnet.Config(
     heads=2,
     groups=2,
     reduction=2,
-    augmentation=Augmentation(flip=False, shift=0),
+    augmentation=PixelChanges(flip=False, shift=0),
     flip_average=False,
 )
 BATCH = make_batch(TINY, 6)
@@ -82,11 +84,11 @@ def test_places_are_weighed_by_their_surroundings():
 
 def test_a_mesh_learns_what_one_device_learns():
     config = dataclasses.replace(
-        TINY, blocks=(0, 1), attention="cbam", augmentation=Augmentation(), dropout=0.1
+        TINY, blocks=(0, 1), attention="cbam", augmentation=PixelChanges(), dropout=0.1
     )
     one, shared = (
-        losses_on_a_mesh(resnet, config, make_batch(config, 8), devices=devices)
-        for devices in (1, 8)
+        step_losses(config, make_batch(config, 8), mesh=mesh)
+        for mesh in (MeshConfig(data=1), MeshConfig(data=2, fsdp=2, tensor=2))
     )
     np.testing.assert_allclose(one, shared, rtol=1e-4)
     assert one[-1] < one[0]

@@ -7,9 +7,11 @@ import pytest
 from flax import nnx
 
 from qkv_jax.models import vit
-from qkv_jax.models.image_classification import Augmentation
+from qkv_jax.models.image_classification import PixelChanges
 from qkv_jax.ops import patterns
-from tests.models.images import build, logits, loss_sums, losses_on_a_mesh, make_batch
+from qkv_jax.training import MeshConfig
+from tests.models.images import build, logits, loss_sums, make_batch
+from tests.tasks.steps import step_losses
 
 TINY = vit.Config(
     height=8,
@@ -21,7 +23,7 @@ TINY = vit.Config(
     d_ff=12,
     heads=2,
     layers=2,
-    augmentation=Augmentation(flip=False, shift=0),
+    augmentation=PixelChanges(flip=False, shift=0),
     flip_average=False,
 )
 SHEET = dataclasses.replace(
@@ -76,9 +78,9 @@ def plain():
 @pytest.mark.parametrize(
     "change",
     (
-        {"augmentation": Augmentation(flip=True, shift=0)},
-        {"augmentation": Augmentation(flip=False, shift=3)},
-        {"augmentation": Augmentation(flip=False, shift=0, erase=4)},
+        {"augmentation": PixelChanges(flip=True, shift=0)},
+        {"augmentation": PixelChanges(flip=False, shift=3)},
+        {"augmentation": PixelChanges(flip=False, shift=0, erase=4)},
         {"label_smoothing": 0.5},
         {"dropout": 0.5},
     ),
@@ -144,10 +146,10 @@ def test_each_image_of_a_sheet_is_classified_in_its_own_place():
 
 
 def test_a_mesh_learns_what_one_device_learns():
-    config = dataclasses.replace(SHEET, augmentation=Augmentation(), dropout=0.1)
-    batch = make_batch(config, 16)
+    config = dataclasses.replace(SHEET, augmentation=PixelChanges(), dropout=0.1)
     one, shared = (
-        losses_on_a_mesh(vit, config, batch, devices=devices) for devices in (1, 8)
+        step_losses(config, make_batch(config, 16), mesh=mesh)
+        for mesh in (MeshConfig(data=1), MeshConfig(data=2, fsdp=2, tensor=2))
     )
     np.testing.assert_allclose(one, shared, rtol=1e-4)
     assert one[-1] < one[0]

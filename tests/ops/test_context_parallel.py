@@ -24,7 +24,7 @@ from qkv_jax.ops import (
 from tests.ops.cases import named
 from tests.ops.test_attention import close, expected, normal, qkv
 
-METHODS = ("ring", "zigzag", "ulysses")
+METHODS = ("ring", "zigzag", "ulysses", "gather")
 NAMES = (
     "plain",
     "T < S, prime, E != H",
@@ -296,7 +296,10 @@ def test_patterns_keep_their_meaning():
     "changes, message",
     [
         ({"mesh": None}, "needs a mesh: pass mesh="),
-        ({"method": "striped"}, r"one of \['ring', 'zigzag', 'ulysses'\]; got 'str"),
+        (
+            {"method": "striped"},
+            r"one of \['auto', 'ring', 'zigzag', 'ulysses', 'gather'\]; got 'str",
+        ),
         ({"method": "ulysses"}, "shares out the 4 query heads .* over the 8 devices"),
         ({"dropout_rate": 0.5}, "dropout_rng must be a jax.random key"),
     ],
@@ -310,7 +313,10 @@ def test_what_does_not_go_is_one_clear_error(changes, message):
 @pytest.mark.parametrize(
     "method, message",
     [
-        ("striped", r"one of \['ring', 'zigzag', 'ulysses'\]; got 'striped'"),
+        (
+            "striped",
+            r"one of \['auto', 'ring', 'zigzag', 'ulysses', 'gather'\]; got 'striped'",
+        ),
         ("ulysses", "shares out the 4 query heads of a device over the 8 devices"),
         ("zigzag", "an even number of queries and keys on a device; got 1 and 2"),
     ],

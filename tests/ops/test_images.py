@@ -1,46 +1,68 @@
+"""Pictures that are changed at random, and boxes that go along."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qkv_jax.ops.images import patches, random_erase, random_flip, random_shift
+from qkv_jax.ops import images as image_ops
+from qkv_jax.ops.images import Augmentation
 
-IMAGES = jnp.asarray(np.random.default_rng(0).uniform(1, 2, (40, 6, 9, 2)))
-
-
-def test_patches_are_the_squares_of_an_image():
-    found = patches(IMAGES, 3)
-    assert found.shape == (40, 2, 3, 18)
-    np.testing.assert_array_equal(found[5, 1, 2], IMAGES[5, 3:6, 6:9].reshape(-1))
-    with pytest.raises(ValueError, match="patches of 4 must divide .* got 6 x 9"):
-        patches(IMAGES, 4)
+augment = jax.jit(image_ops.augment, static_argnums=1)
+STILL = Augmentation(
+    flip="", scale=(1, 1), stretch=1, shift=0, brightness=0, contrast=0, colour=0
+)
+BOX = [12.0, 9.0, 30.0, 21.0]
 
 
-def test_a_flip_turns_some_images_and_leaves_the_others():
-    found = random_flip(IMAGES, jax.random.key(0))
-    turned = (found == IMAGES[:, :, ::-1]).all((1, 2, 3))
-    same = (found == IMAGES).all((1, 2, 3))
-    assert (turned ^ same).all() and 5 < turned.sum() < 35
+def scene(count=32):
+    images = np.zeros((count, 33, 47, 3), np.float32)
+    images[:, 9:21, 12:30] = 1.0
+    boxes = jnp.tile(jnp.asarray([[BOX, [0.0, 0.0, 0.0, 0.0]]]), (count, 1, 1))
+    return jnp.asarray(images), boxes
 
 
-def test_a_shift_moves_each_image_by_a_few_pixels_of_its_own():
-    found = np.asarray(random_shift(IMAGES, 2, jax.random.key(0)))
-    wide = np.pad(IMAGES, ((0, 0), (2, 2), (2, 2), (0, 0)))
-    moves = {
-        (i, j): (found == wide[:, i : i + 6, j : j + 9]).all((1, 2, 3))
-        for i in range(5)
-        for j in range(5)
-    }
-    assert (sum(moves.values()) == 1).all()
-    assert sum(moved.any() for moved in moves.values()) > 10
+def test_nothing_changes_where_nothing_is_asked_for():
+    images, boxes = scene(3)
+    same, kept = augment(images, STILL, jax.random.key(0), boxes=boxes)
+    np.testing.assert_allclose(same, images, atol=1e-5)
+    np.testing.assert_allclose(kept, boxes, atol=1e-4)
 
 
-def test_an_erased_square_is_zero_and_all_else_is_kept():
-    found = np.asarray(random_erase(IMAGES, 3, jax.random.key(0)))
-    kept = found != 0
-    np.testing.assert_array_equal(found[kept], np.asarray(IMAGES)[kept])
-    gone = ~kept
-    assert (gone == gone[..., :1]).all()
-    rows, columns = gone.any((2, 3)).sum(1), gone.any((1, 3)).sum(1)
-    assert (gone.sum((1, 2, 3)) == 2 * rows * columns).all()
-    assert rows.max() == columns.max() == 3 and rows.min() == 2
+def test_boxes_stay_around_what_they_were_around():
+    images, boxes = scene()
+    moving = Augmentation(flip="xy", brightness=0, contrast=0, colour=0, visible=0)
+    changed, moved = augment(images, moving, jax.random.key(1), boxes=boxes)
+    for picture, (box, empty) in zip(np.asarray(changed), np.asarray(moved)):
+        there = picture.mean(-1) > 0.55
+        rows, columns = np.flatnonzero(there.any(1)), np.flatnonzero(there.any(0))
+        edges = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+        np.testing.assert_allclose(box, edges, atol=1.2)
+        assert not empty.any()
+    assert len(np.unique(np.asarray(moved)[:, 0, 0])) == len(moved)
+
+
+def test_a_box_of_which_little_is_left_is_dropped():
+    images, _ = scene(1)
+    shifted = Augmentation(flip="", scale=(3.0, 3.0), shift=0.0, visible=0.5)
+    boxes = jnp.asarray([[BOX, [0.0, 0.0, 16.0, 12.0]]])
+    _, moved = augment(images, shifted, jax.random.key(0), boxes=boxes)
+    assert moved[0, 0].any() and not moved[0, 1].any()
+
+
+@pytest.mark.parametrize("name", ["brightness", "contrast", "colour"])
+def test_each_change_of_colours_is_one(name):
+    images, draws = scene(2)[0], jnp.full((2, 5), 0.5)
+    config = Augmentation(**{**vars(STILL), name: 0.3})
+    changed = image_ops._recolour(images, config, draws)
+    assert np.abs(changed - images).max() > 0.01
+    same = image_ops._recolour(images, STILL, draws)
+    np.testing.assert_allclose(same, images, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"flip": "z"}, {"scale": (2.0, 1.0)}, {"stretch": 0.5}]
+)
+def test_settings_that_mean_nothing_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Augmentation(**wrong)

@@ -133,6 +133,18 @@ def test_too_few_examples_for_a_batch_fill_it_with_rows_of_no_weight():
     np.testing.assert_array_equal(indices, [[0, 1], [2, -1]])
 
 
+def test_the_shares_of_a_batch_make_it_up():
+    arrays = {"x": np.arange(10)}
+    whole = data.ExampleStream(arrays, rows=6, seed=3)[4]
+    parts = [
+        data.ExampleStream(arrays, rows=6, seed=3, share=(i, 3))[4] for i in range(3)
+    ]
+    for name, array in whole.items():
+        np.testing.assert_array_equal(np.concatenate([x[name] for x in parts]), array)
+    with pytest.raises(ValueError, match="n must divide rows = 6"):
+        data.ExampleStream(arrays, rows=6, share=(0, 4))
+
+
 def test_parts_that_do_not_fit_are_refused():
     with pytest.raises(data.DataError, match="no example to train on"):
         Splits(train={}, valid={}, test={})

@@ -16,8 +16,8 @@ from qkv_jax import training
 from qkv_jax.models import seq2seq
 from qkv_jax.training import MeshConfig, make_mesh
 from qkv_jax.translation import DecodingConfig, Translator
+from qkv_jax.translation.models import init_params
 from qkv_jax.translation.run import make_loss
-from qkv_jax.translation.start import init_params
 
 CONFIG = seq2seq.Config(
     vocabulary=88,
@@ -120,8 +120,9 @@ def test_training_equals_one_device(name, one_device):
     if name == "data":
         assert "all-gather" not in counts, moved["all-gather"]
     if name == "context":
-        # But for a few numbers a row, nothing is gathered: no parameter, no activation.
-        assert not [s for s in moved["all-gather"] if np.prod(s) > 64]
+        # But for a few numbers a row, nothing is gathered but short keys and values (B, S, K, H).
+        keys = [ROWS // 2, LENGTH, CONFIG.kv_heads, CONFIG.d_model // CONFIG.heads]
+        assert not [s for s in moved["all-gather"] if np.prod(s) > 64 and s != keys]
     if name == "tensor":
         # Nothing is gathered but the residual stream (B, T, D) of a device's rows.
         stream = [ROWS // 4, LENGTH, CONFIG.d_model]
@@ -131,7 +132,7 @@ def test_training_equals_one_device(name, one_device):
         assert counts["all-gather"] <= 2 * parameters
 
 
-@pytest.mark.parametrize("context", ["zigzag", "ulysses"])
+@pytest.mark.parametrize("context", ["ring", "zigzag", "ulysses"])
 def test_lengths_are_shared_out_by_config_alone(context, one_device):
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2))
     found = trained(mesh, dataclasses.replace(CONFIG, context=context))
@@ -141,7 +142,10 @@ def test_lengths_are_shared_out_by_config_alone(context, one_device):
     if context == "ulysses":
         assert len(moved["all-to-all"]) == 48
     else:
-        assert "all-to-all" not in moved and len(moved["collective-permute"]) > 48
+        assert "all-to-all" not in moved
+        # Zigzag's chunks come and go besides.
+        most = len(moved["collective-permute"])
+        assert most > 48 if context == "zigzag" else 0 < most <= 48
 
 
 def test_parameters_and_moments_are_made_in_their_places():

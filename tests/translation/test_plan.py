@@ -11,10 +11,16 @@ from jax.extend.core import jaxprs_in_params
 from experiments.translation import multi30k
 from experiments.translation.multi30k import CONFIG
 from qkv_jax.models import seq2seq
-from qkv_jax.training import MeshConfig, RunError
+from qkv_jax.training import (
+    MeshConfig,
+    RunError,
+    create_state,
+    make_mesh,
+    make_optimizer,
+)
+from qkv_jax.translation.models import init_params
 from qkv_jax.translation.plan import plan_run, show_plan
 from qkv_jax.translation.run import make_loss
-from qkv_jax.translation.start import init_params
 
 
 def small(**mesh):
@@ -67,6 +73,17 @@ def test_flops_are_those_of_the_products(changes):
     assert formula == pytest.approx(counted, rel=1e-6)
 
 
+def shard_bytes(tree):
+    """Of one device."""
+    device = jax.devices()[0]
+    return sum(
+        shard.data.nbytes
+        for array in jax.tree.leaves(tree)
+        for shard in array.addressable_shards
+        if shard.device == device
+    )
+
+
 def test_devices_that_share_out_the_model_hold_less_and_send_more():
     one, many = plan_run(small(data=1)), plan_run(small(data=2, fsdp=2, tensor=2))
     assert one.devices == 1 and many.devices == 8
@@ -74,6 +91,17 @@ def test_devices_that_share_out_the_model_hold_less_and_send_more():
     assert many.held["parameters"] < 0.3 * one.held["parameters"]
     assert many.held["optimizer"] < 0.3 * one.held["optimizer"]
     assert one.flops == many.flops and one.tokens == many.tokens == 128
+    # And what is said of the state is what it is given.
+    config = small(data=2, fsdp=2, tensor=2)
+    state = create_state(
+        lambda: init_params(dataclasses.replace(config.model, vocabulary=88), seed=0),
+        make_optimizer(config.optimizer, config.training.steps),
+        seed=0,
+        mesh=make_mesh(config.mesh),
+        ema=config.training.ema_decay is not None,
+    )
+    assert shard_bytes(state.params) == many.held["parameters"]
+    assert shard_bytes((state.opt_state, state.ema)) == many.held["optimizer"]
     assert [table.title for table in show_plan(many)][1] == "a device sends in a step"
 
 

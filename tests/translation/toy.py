@@ -45,12 +45,17 @@ def shrink(
     changes = {"evaluate_every": 2, "checkpoint_every": 2, "log_every": 1}
     model = {"d_model": 16, "d_ff": 32, "heads": 2, "kv_heads": None}
     layers = {"encoder_layers": 1, "decoder_layers": 1}
+    sizes = {
+        name: size
+        for name, size in (model | layers).items()
+        if hasattr(config.model, name)
+    }
     text = {"vocabulary": 280, "batch_tokens": 512, "buckets": 1}
     return dataclasses.replace(
         config,
         data=ParallelData(directory=corpus),
         text=dataclasses.replace(config.text, **text, max_source=24, max_target=24),
-        model=dataclasses.replace(config.model, **model, **layers),
+        model=dataclasses.replace(config.model, **sizes),
         optimizer=dataclasses.replace(config.optimizer, warmup_steps=1),
         training=dataclasses.replace(config.training, **(changes | training)),
         decoding=dataclasses.replace(
