@@ -2,7 +2,7 @@
 
     python -m benchmarks.long_images
 
-Two questions, each for patches of 16, 8 and 4 pixels (1,024, 4,096 and 16,384 of them): one attention
+Two questions, each for patches of 16 and of 8 pixels (1,024 and 4,096 of them): one attention
 layer, forward and backward; and a step of the model of experiments/long_images/sheets.py, loss and
 gradients. Full attention is measured twice: "dense" makes the whole matrix of pairs, as attention is
 mostly written (`jax.nn.dot_product_attention`), "full" is this package's, which never does. All sides
@@ -149,7 +149,7 @@ def compare(title: str, sides: dict[str, Side], rounds: int) -> None:
 
 def main(
     *,
-    patches: tuple[int, ...] = (16, 8, 4),
+    patches: tuple[int, ...] = (16, 8),
     radius: int = 3,
     rounds: int = 5,
     most: float = 4096.0,
