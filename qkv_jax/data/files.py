@@ -31,7 +31,7 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         DataError: the file is missing, unreadable, cut short, or not UTF-8.
     """
-    content = _read_bytes(path)
+    content = read_bytes(path)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -60,7 +60,12 @@ def missing_file(path: Path) -> DataError:
     return DataError(f"{path} does not exist in {parent}; {hint}")
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """Return the bytes of a file, and of a gzip file those that are packed in it.
+
+    Raises:
+        DataError: the file is missing, unreadable or cut short.
+    """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
