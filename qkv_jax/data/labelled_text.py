@@ -184,7 +184,9 @@ class LabelledDocuments:
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 < self.test_share < self.test_share + self.valid_share < 1:
+        if not (
+            0 < self.test_share < 1 and 0 <= self.valid_share < 1 - self.test_share
+        ):
             raise ValueError(
                 "test_share must be positive, valid_share not negative, and their sum below 1; "
                 f"got test_share = {self.test_share}, valid_share = {self.valid_share}."
