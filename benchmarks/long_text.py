@@ -34,7 +34,6 @@ def model_step(config: text_classifier.Config, length: int) -> tuple[Callable, t
     rng = np.random.default_rng(0)
     batch = {
         "tokens": rng.integers(4, VOCABULARY, (ROWS, length, 1), np.int32),
-        "lengths": np.full(ROWS, length, np.int32),
         "labels": np.arange(ROWS, dtype=np.int32) % 2,
         "weight": np.ones(ROWS, np.float32),
     }
@@ -55,10 +54,10 @@ def attention(
     shape = (ROWS, length, config.heads, config.d_model // config.heads)
     rng = np.random.default_rng(0)
     arrays = tuple(rng.normal(size=shape).astype(np.float32) for _ in range(4))
-    lengths = jnp.full(ROWS, length, jnp.int32)
+    there = jnp.ones((ROWS, length), bool)
 
     def run(query: Any, key: Any, value: Any, d_out: Any) -> Any:
-        mask = text_classifier.who_sees_whom(lengths, config.window)
+        mask = text_classifier.who_sees_whom(there, config.window)
 
         def attend(*x: Any) -> jax.Array:
             return dot_product_attention(*x, mask=mask, implementation=implementation)

@@ -26,7 +26,7 @@ from qkv_jax.ops.dropout import keep
 Array = jax.Array
 Batch = Mapping[str, Array]
 Pooling = Literal["class_token", "mean", "attention"]
-PAD, MASK = 0, 3  # Features that stand for nothing, and for a hidden word.
+PAD = 0  # The feature that stands for nothing.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,8 @@ class Config:
         pooling: which one vector stands for the text: that of the class token, the mean over its
             tokens, or their mean weighted by the attention of one learned query.
         dropout: after the embedding, after every sublayer, and on the vector that is classified.
-        masking: share of words hidden in training, all their features together.
+        masking: share of words that training leaves out, as if they were padding: what takes their
+            place would be a word that no text to be classified has.
         smoothing: share of a label's probability that is given to all classes.
         dtype: of the computation.
     """
@@ -113,7 +114,7 @@ def long(**changes: Any) -> Config:
 
 
 class Model(nnx.Module):
-    """Features of tokens (B, T, features), lengths (B,) -> scores of the classes (B, V)."""
+    """Features of tokens (B, T, features) -> scores of the classes (B, V)."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         """Draws float32 parameters from the stream "params" of rngs."""
@@ -152,26 +153,24 @@ class Model(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(
-        self, tokens: Array, lengths: Array, *, rng: Array | None = None
-    ) -> Array:
+    def __call__(self, tokens: Array, *, rng: Array | None = None) -> Array:
         """Scores of the classes, float32.
 
         Args:
             tokens: (B, T, features) int32, `PAD` where there is none; the first token of each text
                 is the class token.
-            lengths: (B,) int32, tokens of each text.
             rng: draws the dropouts; None: there is none.
         """
         rngs = split_rng(rng, 3 + len(self.blocks))
         places = jnp.arange(tokens.shape[1])[None]
         x = self.positions(self.vectors(tokens), places, rng=rngs[0])
-        mask = who_sees_whom(lengths, self.config.window)
+        there = (tokens != PAD).any(axis=2)
+        mask = who_sees_whom(there, self.config.window)
         if not self.blocks:
             x = dropout(self.qkv(x, x, x, mask=mask), self.config.dropout, rngs[1])
         for block, drawn in zip(self.blocks, rngs[3:]):
             x = block(x, mask=mask, rng=drawn)
-        pooled = dropout(self.pool(self.norm(x), lengths), self.config.dropout, rngs[2])
+        pooled = dropout(self.pool(self.norm(x), there), self.config.dropout, rngs[2])
         return self.classify(pooled).astype(jnp.float32)
 
     def vectors(self, tokens: Array) -> Array:
@@ -188,15 +187,14 @@ class Model(nnx.Module):
         count = jnp.maximum((tokens != PAD).sum(axis=2), 1)[..., None]
         return pin(total / count * table.shape[1] ** 0.5, "batch", "length")
 
-    def pool(self, states: Array, lengths: Array) -> Array:
-        """One vector for each text: states (B, T, D) -> (B, D)."""
+    def pool(self, states: Array, there: Array) -> Array:
+        """One vector for each text: states (B, T, D) of tokens, bool (B, T), -> (B, D)."""
         if self.config.pooling == "class_token":
             return states[:, 0]
         scores = jnp.zeros(states.shape[:2], jnp.float32)
         if self.config.pooling == "attention":
             scores = states.astype(jnp.float32) @ self.query[...]
-        real = jnp.arange(states.shape[1])[None] < lengths[:, None]
-        weights = jax.nn.softmax(scores, axis=1, where=real)
+        weights = jax.nn.softmax(scores, axis=1, where=there)
         return jnp.einsum("BT,BTD->BD", weights.astype(states.dtype), states)
 
     def loss(
@@ -205,13 +203,13 @@ class Model(nnx.Module):
         """Label-smoothed cross-entropy, summed over texts, and sums to report.
 
         Args:
-            batch: tokens and lengths, as for a call; labels (B,) int32; weight (B,) float32.
-            rng: draws the words that are hidden, and the dropouts; None: there is neither.
+            batch: tokens, as for a call; labels (B,) int32; weight (B,) float32.
+            rng: draws the words that are left out, and the dropouts; None: there is neither.
         """
         tokens, labels, weight = batch["tokens"], batch["labels"], batch["weight"]
         rngs = split_rng(rng, 2)
-        tokens = hide_words(tokens, self.config.masking, rngs[0])
-        logits = self(tokens, batch["lengths"], rng=rngs[1])
+        tokens = leave_out_words(tokens, self.config.masking, rngs[0])
+        logits = self(tokens, rng=rngs[1])
         log_likelihoods = jax.nn.log_softmax(logits)
         nll = -jnp.take_along_axis(log_likelihoods, labels[:, None], axis=1)[:, 0]
         smoothing = self.config.smoothing
@@ -227,21 +225,20 @@ class Model(nnx.Module):
 
     def predict(self, batch: Batch) -> dict[str, Array]:
         """Scores of the classes, (B, V), under "logits"."""
-        return {"logits": self(batch["tokens"], batch["lengths"])}
+        return {"logits": self(batch["tokens"])}
 
 
-def who_sees_whom(lengths: Array, window: int | None) -> Mask:
-    """Pairs of real tokens, all or those that are near or hold the class token; see `Config`."""
-    real = masks.lengths(query=lengths, key=lengths)
+def who_sees_whom(there: Array, window: int | None) -> Mask:
+    """Pairs of tokens that are there, (B, T): all, or those near each other or the class token's."""
+    real = masks.segments(jnp.where(there, 1, 2), there.astype(jnp.int32))
     return real if window is None else real & patterns.longformer(window, [0])
 
 
-def hide_words(tokens: Array, rate: float, rng: Array | None) -> Array:
-    """Tokens (B, T, features) with a share of the words, but not the class token, replaced."""
+def leave_out_words(tokens: Array, rate: float, rng: Array | None) -> Array:
+    """Tokens (B, T, features), a share of the words, but never the class token, made padding."""
     if rng is None or not rate:
         return tokens
-    B, T, features = tokens.shape
+    B, T, _ = tokens.shape
     places = jnp.arange(T)[None, :, None]
-    drawn = ~keep(rng, rate, jnp.arange(B)[:, None, None], places)
-    hidden = drawn & (tokens[..., :1] != PAD) & (places > 0)
-    return jnp.where(hidden, jnp.where(jnp.arange(features) == 0, MASK, PAD), tokens)
+    kept = keep(rng, rate, jnp.arange(B)[:, None, None], places) | (places == 0)
+    return jnp.where(kept, tokens, PAD)

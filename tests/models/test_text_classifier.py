@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from qkv_jax.models import text_classifier
-from qkv_jax.models.text_classifier import MASK, PAD, Config, Model
+from qkv_jax.models.text_classifier import PAD, Config, Model
 
 SMALL = Config(classes=3, vocabulary=23, d_model=8, heads=2, d_ff=12, layers=1)
 KINDS = {
@@ -27,7 +27,6 @@ def make_batch(rows=4, length=7, features=2, seed=0):
     tokens[np.arange(length) >= lengths[:, None]] = PAD
     return {
         "tokens": tokens,
-        "lengths": lengths,
         "labels": (np.arange(rows) % 3).astype(np.int32),
         "weight": np.ones(rows, np.float32),
     }
@@ -74,7 +73,8 @@ def test_a_row_of_weight_zero_counts_for_nothing(config):
 
 
 def test_a_word_sees_its_window_and_the_class_token_alone():
-    mask = text_classifier.who_sees_whom(jnp.array([8]), 2).materialise((1, 1, 9, 9))
+    there = jnp.arange(9)[None] < 8
+    mask = text_classifier.who_sees_whom(there, 2).materialise((1, 1, 9, 9))
     wanted = np.abs(np.arange(9)[:, None] - np.arange(9)) <= 1
     wanted[0] = wanted[:, 0] = True
     wanted[8] = wanted[:, 8] = False
@@ -92,15 +92,30 @@ def test_a_word_is_the_mean_of_its_features():
     )
 
 
-def test_about_the_share_asked_for_is_hidden_and_never_the_class_token():
+def test_about_the_share_asked_for_is_left_out_and_never_the_class_token():
     tokens = make_batch(rows=64, length=50)["tokens"]
-    hidden = np.asarray(text_classifier.hide_words(tokens, 0.3, jax.random.key(0)))
-    changed = (hidden != tokens).any(-1)
+    rng = jax.random.key(0)
+    left = np.asarray(text_classifier.leave_out_words(tokens, 0.3, rng))
+    out = (left != tokens).any(-1)
     words = (tokens[..., 0] != PAD) & (np.arange(50) > 0)
-    assert not changed[~words].any()
-    assert changed[words].mean() == pytest.approx(0.3, abs=0.03)
-    np.testing.assert_array_equal(hidden[changed] == [MASK, PAD], True)
-    assert text_classifier.hide_words(tokens, 0.3, None) is tokens
+    assert not out[~words].any()
+    assert out[words].mean() == pytest.approx(0.3, abs=0.03)
+    assert (left[out] == PAD).all()
+    assert text_classifier.leave_out_words(tokens, 0.3, None) is tokens
+
+
+@each
+def test_a_word_that_is_left_out_is_neither_seen_nor_pooled(config):
+    batch = make_batch(rows=1, length=9)
+    batch["tokens"][:, 3] = PAD
+    shown = np.asarray(make(config).vectors(batch["tokens"]))
+    model = make(config)
+    there = jnp.asarray((batch["tokens"] != PAD).any(-1))
+    loud = jnp.asarray(shown).at[:, 3].set(1e6)
+    if config.pooling != "class_token":
+        np.testing.assert_array_equal(model.pool(shown, there), model.pool(loud, there))
+    mask = text_classifier.who_sees_whom(there, config.window)
+    assert not np.asarray(mask.materialise((1, 1, 9, 9)))[..., 3].any()
 
 
 @pytest.mark.parametrize(
