@@ -23,6 +23,9 @@ from qkv_jax.data.filters import Filters as Filters
 from qkv_jax.data.filters import filter_pairs as filter_pairs
 from qkv_jax.data.homeassistant import load_homeassistant as load_homeassistant
 from qkv_jax.data.hub import read_hub as read_hub
+from qkv_jax.data.labelled_text import LabelledCsv as LabelledCsv
+from qkv_jax.data.labelled_text import LabelledDocuments as LabelledDocuments
+from qkv_jax.data.labelled_text import WordFeatures as WordFeatures
 from qkv_jax.data.parallel import Corpus as Corpus
 from qkv_jax.data.parallel import Pair as Pair
 from qkv_jax.data.parallel import read_pairs as read_pairs

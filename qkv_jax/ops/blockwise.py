@@ -101,7 +101,8 @@ def choose_limits(
 ) -> tuple[int, int]:
     """The most queries and keys in a block, by a model of the time that those looked at would take.
 
-    Of a mask that is traced, all blocks are taken to be looked at.
+    Of a mask that is traced, all blocks are taken to be looked at; of several joined by `&`, those
+    that any of the known ones rules out are not.
 
     Args:
         mask: of the attention.
@@ -111,13 +112,20 @@ def choose_limits(
     def cost(limits: tuple[int, int]) -> float:
         size = even_block(shape[2], limits[0]), even_block(shape[3], limits[1])
         grid = Blocks(shape, size)
-        some = np.ones((1, 1, 1, 1), bool)
-        if mask is not None and not jax.tree.leaves(mask):
-            some = mask.blocks(grid)[0]
+        some = _not_known_empty(mask, grid)
         share = np.broadcast_to(some, (*some.shape[:2], *grid.count)).mean()
         return share * math.prod(grid.count) * math.prod(size) * LIMITS[limits]
 
     return min(LIMITS, key=cost)
+
+
+def _not_known_empty(mask: Mask | None, grid: Blocks) -> np.ndarray:
+    """The blocks that what is known of a mask at trace time does not rule out."""
+    if isinstance(mask, masks.And):
+        return _not_known_empty(mask.left, grid) & _not_known_empty(mask.right, grid)
+    if mask is None or jax.tree.leaves(mask):
+        return np.ones((1, 1, 1, 1), bool)
+    return mask.blocks(grid)[0]
 
 
 def even_block(length: int, limit: int) -> int:

@@ -153,6 +153,14 @@ def test_blocks_that_a_mask_rules_out_are_not_looked_at():
     assert looked_at(lengths, shape, size) == (6, 2)
 
 
+def test_lengths_do_not_hide_a_window_from_the_choice_of_blocks():
+    shape, window = (1, 2, 2048, 2048), masks.window(64, 64)
+    padded = masks.lengths(key=ints(700)) & (window | masks.prefix(1))
+    assert blockwise.choose_limits(window, shape) == (128, 128)
+    assert blockwise.choose_limits(padded, shape) == (128, 128)
+    assert blockwise.choose_limits(masks.lengths(key=ints(700)), shape) == (512, 512)
+
+
 def test_a_block_that_is_skipped_is_not_read():
     """Were a masked block of NaNs read, in doubt or not, its rows would be NaN or it would loop."""
     query, key, value = (jnp.asarray(x) for x in qkv(B=1, T=512, S=512))

@@ -1,0 +1,244 @@
+"""Classifiers of text: words -> vectors -> attention -> one vector -> class.
+
+Three of them, told apart by `Config`: the plain pipeline, in which every word asks all words once
+(`plain`); a BERT-style encoder, whose class token stands for the text (`bert`); and an encoder of
+long text, whose words see a window around them and the class token, which sees all (`long`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qkv_jax.layers import (
+    AddPositions,
+    Embedding,
+    EncoderBlock,
+    QKVAttention,
+    make_norm,
+)
+from qkv_jax.ops import Mask, dropout, masks, patterns, pin, split_rng
+from qkv_jax.ops.dropout import keep
+
+Array = jax.Array
+Batch = Mapping[str, Array]
+Pooling = Literal["class_token", "mean", "attention"]
+PAD = 0  # The feature that stands for nothing.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sizes and rates.
+
+    Attributes:
+        classes: number of classes; 0: taken from the data.
+        vocabulary: number of features; 0: taken from the data.
+        d_model: D.
+        layers: encoder blocks; 0: one `QKVAttention` in their place, and no more.
+        heads: N, of a block.
+        d_ff: F, of a block.
+        window: even number of words that a word sees around it, besides the class token, which sees
+            and is seen by all; None: every word sees all.
+        pooling: which one vector stands for the text: that of the class token, the mean over its
+            tokens, or their mean weighted by the attention of one learned query.
+        dropout: after the embedding, after every sublayer, and on the vector that is classified.
+        masking: share of words that training leaves out, as if they were padding: what takes their
+            place would be a word that no text to be classified has.
+        smoothing: share of a label's probability that is given to all classes.
+        dtype: of the computation.
+    """
+
+    classes: int = 0
+    vocabulary: int = 0
+    d_model: int = 128
+    layers: int = 2
+    heads: int = 4
+    d_ff: int = 256
+    window: int | None = None
+    pooling: Pooling = "class_token"
+    dropout: float = 0.3
+    masking: float = 0.15
+    smoothing: float = 0.1
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.pooling not in get_args(Pooling):
+            raise ValueError(
+                f"pooling must be one of {get_args(Pooling)}; got {self.pooling!r}."
+            )
+        for name in ("dropout", "masking", "smoothing"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(
+                    f"{name} must be in [0, 1); got {getattr(self, name)}."
+                )
+        if self.window is not None and (self.window < 0 or self.window % 2):
+            raise ValueError(
+                f"window must be even, or None; got {self.window}: half of it is on each side."
+            )
+
+
+def plain(**changes: Any) -> Config:
+    """Every word asks all words once, and the answers' mean is classified."""
+    sizes: dict[str, Any] = {"layers": 0, "pooling": "mean", "dropout": 0.4}
+    return Config(**(sizes | changes))
+
+
+def bert(**changes: Any) -> Config:
+    """Two encoder blocks, and the class token is classified (Devlin et al. 2018, 1810.04805).
+
+    Differences: the norm stands before each sublayer, positions are sinusoids, words are sums of
+    features, and nothing is trained on other text before.
+    """
+    return Config(**changes)
+
+
+def long(**changes: Any) -> Config:
+    """One block whose words see a window and the class token (Beltagy et al. 2020, 2004.05150).
+
+    Differences: one projection for both kinds of attention, and the text is the pooled mean.
+    """
+    sizes: dict[str, Any] = {
+        "d_model": 64,
+        "layers": 1,
+        "heads": 2,
+        "d_ff": 128,
+        "window": 64,
+        "pooling": "attention",
+        "dropout": 0.5,
+        "masking": 0.5,
+    }
+    return Config(**(sizes | changes))
+
+
+class Model(nnx.Module):
+    """Features of tokens (B, T, features) -> scores of the classes (B, V)."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        """Draws float32 parameters from the stream "params" of rngs."""
+        if config.classes < 1 or config.vocabulary < 1:
+            raise ValueError(
+                "classes and vocabulary must be positive; got "
+                f"classes = {config.classes}, vocabulary = {config.vocabulary}."
+            )
+        self.config = config
+        D, dtype = config.d_model, jnp.dtype(config.dtype)
+        rates: dict[str, Any] = {"dropout_rate": config.dropout, "dtype": dtype}
+        self.embedding = Embedding(config.vocabulary, D, zero=PAD, rngs=rngs)
+        self.positions = AddPositions(D, **rates, rngs=rngs)
+        self.blocks = nnx.List(
+            EncoderBlock(
+                D,
+                attention={"heads": config.heads, "dtype": dtype},
+                feed_forward={"d_ff": config.d_ff, "activation": "gelu", **rates},
+                residual={"place": "pre", **rates},
+                rngs=rngs,
+            )
+            for _ in range(config.layers)
+        )
+        if not config.layers:
+            self.qkv = QKVAttention(D, D, D, dtype=dtype, rngs=rngs)
+        self.norm = make_norm(D, "layer", 1e-5, dtype, rngs)
+        if config.pooling == "attention":
+            query = nnx.initializers.normal(D**-0.5)(rngs.params(), (D,), jnp.float32)
+            self.query = nnx.Param(query, axes=("embed",))
+        self.classify = nnx.Linear(
+            D,
+            config.classes,
+            dtype=dtype,
+            kernel_metadata={"axes": ("embed", None)},
+            bias_metadata={"axes": (None,)},
+            rngs=rngs,
+        )
+
+    def __call__(self, tokens: Array, *, rng: Array | None = None) -> Array:
+        """Scores of the classes, float32.
+
+        Args:
+            tokens: (B, T, features) int32, `PAD` where there is none; the first token of each text
+                is the class token.
+            rng: draws the dropouts; None: there is none.
+        """
+        rngs = split_rng(rng, 3 + len(self.blocks))
+        places = jnp.arange(tokens.shape[1])[None]
+        x = self.positions(self.vectors(tokens), places, rng=rngs[0])
+        there = (tokens != PAD).any(axis=2)
+        mask = who_sees_whom(there, self.config.window)
+        if not self.blocks:
+            x = dropout(self.qkv(x, x, x, mask=mask), self.config.dropout, rngs[1])
+        for block, drawn in zip(self.blocks, rngs[3:]):
+            x = block(x, mask=mask, rng=drawn)
+        pooled = dropout(self.pool(self.norm(x), there), self.config.dropout, rngs[2])
+        return self.classify(pooled).astype(jnp.float32)
+
+    def vectors(self, tokens: Array) -> Array:
+        """The mean vector of each token's features: (B, T, features) -> (B, T, D)."""
+        table = pin(self.embedding.weights(), "vocab", None)
+
+        # One feature after the other: on a CPU the gradient of a single large lookup takes XLA
+        # seven times as long. `PAD` is a row of zeros.
+        def add(total: Array, feature: Array) -> tuple[Array, None]:
+            return total + table[feature], None
+
+        start = jnp.zeros((*tokens.shape[:2], table.shape[1]), table.dtype)
+        total, _ = jax.lax.scan(add, start, jnp.moveaxis(tokens, 2, 0))
+        count = jnp.maximum((tokens != PAD).sum(axis=2), 1)[..., None]
+        return pin(total / count * table.shape[1] ** 0.5, "batch", "length")
+
+    def pool(self, states: Array, there: Array) -> Array:
+        """One vector for each text: states (B, T, D) of tokens, bool (B, T), -> (B, D)."""
+        if self.config.pooling == "class_token":
+            return states[:, 0]
+        scores = jnp.zeros(states.shape[:2], jnp.float32)
+        if self.config.pooling == "attention":
+            scores = states.astype(jnp.float32) @ self.query[...]
+        weights = jax.nn.softmax(scores, axis=1, where=there)
+        return jnp.einsum("BT,BTD->BD", weights.astype(states.dtype), states)
+
+    def loss(
+        self, batch: Batch, *, rng: Array | None
+    ) -> tuple[Array, dict[str, Array]]:
+        """Label-smoothed cross-entropy, summed over texts, and sums to report.
+
+        Args:
+            batch: tokens, as for a call; labels (B,) int32; weight (B,) float32.
+            rng: draws the words that are left out, and the dropouts; None: there is neither.
+        """
+        tokens, labels, weight = batch["tokens"], batch["labels"], batch["weight"]
+        rngs = split_rng(rng, 2)
+        tokens = leave_out_words(tokens, self.config.masking, rngs[0])
+        logits = self(tokens, rng=rngs[1])
+        log_likelihoods = jax.nn.log_softmax(logits)
+        nll = -jnp.take_along_axis(log_likelihoods, labels[:, None], axis=1)[:, 0]
+        smoothing = self.config.smoothing
+        losses = (1 - smoothing) * nll - smoothing * log_likelihoods.mean(axis=1)
+        right = (logits.argmax(axis=1) == labels).astype(jnp.float32)
+        loss = jnp.sum(losses * weight)
+        return loss, {
+            "tokens": weight.sum(),
+            "loss_sum": loss,
+            "nll_sum": jnp.sum(nll * weight),
+            "accuracy_sum": jnp.sum(right * weight),
+        }
+
+    def predict(self, batch: Batch) -> dict[str, Array]:
+        """Scores of the classes, (B, V), under "logits"."""
+        return {"logits": self(batch["tokens"])}
+
+
+def who_sees_whom(there: Array, window: int | None) -> Mask:
+    """Pairs of tokens that are there, (B, T): all, or those near each other or the class token's."""
+    real = masks.segments(jnp.where(there, 1, 2), there.astype(jnp.int32))
+    return real if window is None else real & patterns.longformer(window, [0])
+
+
+def leave_out_words(tokens: Array, rate: float, rng: Array | None) -> Array:
+    """Tokens (B, T, features), a share of the words, but never the class token, made padding."""
+    if rng is None or not rate:
+        return tokens
+    B, T, _ = tokens.shape
+    places = jnp.arange(T)[None, :, None]
+    kept = keep(rng, rate, jnp.arange(B)[:, None, None], places) | (places == 0)
+    return jnp.where(kept, tokens, PAD)
