@@ -12,7 +12,6 @@ import numpy as np
 from qkv_jax.data.errors import DataError
 from qkv_jax.data.splits import Splits
 
-_PARTS = ("train", "valid", "test")
 _NEEDED = ("boxes_xyxy_cls", "box_offsets", "split", "class_names")
 
 
@@ -66,13 +65,15 @@ class BoxedImages:
         }
         arrays["boxes"][row, place] = boxes[:, :4]
         arrays["classes"][row, place] = boxes[:, 4]
-        parts = [
+        train, valid, test = (
             {name: array[split == part] for name, array in arrays.items()}
-            for part in range(len(_PARTS))
-        ]
+            for part in range(3)
+        )
         H, W = images.shape[1:3]
         return Splits(
-            **dict(zip(_PARTS, parts)),
+            train=train,
+            valid=valid,
+            test=test,
             sizes={"classes": len(names)},
             names=names,
             report=(f"{len(boxes):,} boxes on pictures of {W} x {H}",),

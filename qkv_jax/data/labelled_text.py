@@ -252,14 +252,15 @@ def _splits(
         texts = [text for text, _ in part]
         return features.encode(texts, vocabulary) | {"labels": labels}
 
-    encoded = [arrays(part) for part in (train, valid, test)]
     words = SPECIAL + len(vocabulary)
     cut = sum(
         len(words_of(text)) >= features.length for text, _ in train + valid + test
     )
     counts = f"{len(names)} classes, {words:,} words, {features.buckets:,} buckets of letters"
     return Splits(
-        **dict(zip(("train", "valid", "test"), encoded)),
+        train=arrays(train),
+        valid=arrays(valid),
+        test=arrays(test),
         sizes={
             "classes": len(names),
             "vocabulary": words + features.buckets,
