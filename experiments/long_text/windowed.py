@@ -27,9 +27,9 @@ CONFIG = TaskConfig(
     batch_rows=16,
     eval_rows=25,
     optimizer=OptimizerConfig(
-        peak_lr=2e-3, warmup_steps=50, schedule="cosine", clip_norm=1.0
+        peak_lr=5e-3, warmup_steps=30, schedule="cosine", clip_norm=1.0
     ),
     training=TrainingConfig(
-        steps=800, evaluate_every=200, checkpoint_every=200, keep=2, metric="loss"
+        steps=600, evaluate_every=200, checkpoint_every=200, keep=2, metric="loss"
     ),
 )
