@@ -131,6 +131,15 @@ def check_same(what: str, digest: str) -> None:
         )
 
 
+def all_told_to_stop(point: int) -> bool:
+    """Whether this is the point at which all processes stop, as one of them was sent SIGTERM.
+
+    Args:
+        point: a number that grows from call to call, alike in all processes.
+    """
+    return multihost_utils.reached_preemption_sync_point(point)
+
+
 def fetch(tree: Any) -> Any:
     """Arrays on the host, whole in every process that holds a part of them."""
     if all(array.is_fully_addressable for array in jax.tree.leaves(tree)):

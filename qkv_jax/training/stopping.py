@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Any, Self
 
 import jax
-from jax.experimental import multihost_utils
 
+from qkv_jax.training.distributed import all_told_to_stop
 from qkv_jax.training.errors import Interrupted
 
 
@@ -55,7 +55,7 @@ class Signals:
         """Whether to stop now. All processes ask as often as each other, at the same points."""
         if jax.process_count() == 1:
             return self._noted is not None
-        return multihost_utils.reached_preemption_sync_point(next(_POINTS))
+        return all_told_to_stop(next(_POINTS))
 
     def _note(self, number: int, frame: object) -> None:
         del frame

@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import tyro
 from jax.sharding import Mesh
 
 from qkv_jax.data import Filters, HomeAssistantData, HubData, ParallelData
 from qkv_jax.decoding import LengthPenalty, gnmt, power
-from qkv_jax.models import seq2seq
+from qkv_jax.models import recurrent, seq2seq
 from qkv_jax.training import (
     DistributedConfig,
     FinetuneConfig,
@@ -21,7 +22,6 @@ from qkv_jax.training import (
     make_schedule,
     to_plain,
 )
-from qkv_jax.translation.models import ModelConfig
 
 METRICS = {"loss": "min", "nll": "min", "correct": "max", "bleu": "max"}
 
@@ -202,7 +202,11 @@ class TranslationConfig:
     languages: LanguageConfig = field(default_factory=LanguageConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    model: ModelConfig = field(default_factory=seq2seq.tiny)
+    # Named apart: tyro would call both of them "config".
+    model: (
+        Annotated[seq2seq.Config, tyro.conf.subcommand("transformer")]
+        | Annotated[recurrent.Config, tyro.conf.subcommand("recurrent")]
+    ) = field(default_factory=seq2seq.tiny)
     label_smoothing: float = 0.1
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig
