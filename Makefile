@@ -3,8 +3,10 @@
 PYTHON ?= python3
 SOURCES := $(wildcard qkv_jax experiments benchmarks tests)
 PYTEST_ARGS ?=
-# Most of a test is XLA compiling, on one core.
-PARALLEL := -n auto --maxprocesses 4 --dist worksteal
+# Most of a test is XLA compiling, on one core; the rest waits, for files and for other processes: so
+# one process more than there are cores, and at most 4, for the memory.
+CORES := $(shell $(PYTHON) -c 'import os; print(os.cpu_count() or 1)' 2> /dev/null || echo 1)
+PARALLEL := -n $(shell echo $$(($(CORES) < 3 ? $(CORES) + 1 : 4))) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-peers check format clean
