@@ -98,7 +98,6 @@ def logits(model, source=SOURCE, target=TARGET, **options):
 
 
 @functools.cache
-@functools.cache
 def noisy_logits(config):
     """With an rng, so that dropouts count."""
     return logits(Model(config, rngs=nnx.Rngs(0)), rng=jax.random.key(0))
