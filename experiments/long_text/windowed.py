@@ -5,7 +5,7 @@
 Text: 2,000 reviews (Pang and Lee 2004, "A sentimental education"), 746 tokens on average, cut at
 2,048; 400 of them, drawn by seed 0, are tested on. With `--model.window None` every word sees all.
 Hardware, time and result: README.md beside this file. Published, 10-fold: 87.2 accuracy, a linear
-SVM on the sentences that are not objective. Expected: 84. The hyper-parameters are ours, chosen on
+SVM on the sentences that are not objective. Aim: 84. The hyper-parameters are ours, chosen on
 400 reviews of the training part (`--data.valid-share 0.2`); what stands here trains on all of it.
 """
 
