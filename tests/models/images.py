@@ -39,9 +39,4 @@ def loss_sums(module, config, batch, *, rng=None):
 
 def _computed(function, module, config):
     graph, params = nnx.split(build(module, config))
-    # Compiling takes nearly all of the time, and half of that goes into speed.
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        return jax.jit(lambda params: function(nnx.merge(graph, params)))(params)
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+    return jax.jit(lambda params: function(nnx.merge(graph, params)))(params)
