@@ -9,12 +9,13 @@ CORES := $(shell $(PYTHON) -c 'import os; print(os.cpu_count() or 1)' 2> /dev/nu
 PARALLEL := -n $(shell echo $$(($(CORES) < 3 ? $(CORES) + 1 : 4))) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers check format clean
+.PHONY: help demo test test-slow test-peers check format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo        train, evaluate and use a small translator (about 8 minutes on 2 cores)"
 	@echo "make test        run the tests"
+	@echo "make test-slow   run the further cases that take longer"
 	@echo "make test-peers  run the tests against torch, transformers, tokamax and ctranslate2"
 	@echo "make check       check formatting, lint, types and the import rule"
 	@echo "make format      format the code, and fix what ruff can fix"
@@ -25,6 +26,9 @@ demo: .venv/ready
 
 test: .venv/ready
 	.venv/bin/python -m pytest $(PARALLEL) --ignore=tests/peers $(PYTEST_ARGS)
+
+test-slow: .venv/ready
+	.venv/bin/python -m pytest $(PARALLEL) --ignore=tests/peers -m slow $(PYTEST_ARGS)
 
 test-peers: .venv-peers/ready
 	.venv-peers/bin/python -m pytest $(PARALLEL) tests/peers $(PYTEST_ARGS)

@@ -42,6 +42,34 @@ def pytest_runtest_setup(item):
     jax.config.update("jax_disable_most_optimizations", not as_users_have_them)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What takes long, and of which shorter tests hold most, is left to `make test-slow`."""
+    for item in items:
+        if any(all(part in item.nodeid for part in parts) for parts in SLOW):
+            item.add_marker(pytest.mark.slow)
+
+
+SLOW = [
+    ("models/test_detectors.py", "set_prediction]"),
+    ("models/test_recurrent.py", "[concat]"),
+    ("models/test_recurrent.py", "[dot]"),
+    ("layers/test_recurrent.py", "[concat]"),
+    ("ops/test_context_parallel.py", "test_any_rule_", "Auto-True"),
+    ("ops/test_context_parallel.py", "test_any_rule_", "Explicit-False"),
+    ("ops/test_context_parallel.py", "test_patterns_keep_their_meaning[blocks]"),
+    ("ops/test_flex.py", "-built in]"),
+    ("tasks/test_detection.py", "on_eight[qkv_jax.models.set_prediction]"),
+    ("tasks/test_image_text.py", "test_updates_are_alike"),
+    ("tasks/test_recommendation.py", "test_sasrec_trains"),
+    ("tasks/test_speech.py", "test_eight_devices"),
+    ("tasks/test_text.py", "[bert]"),
+    ("tasks/test_text.py", "[windowed]"),
+    ("test_experiments.py", "test_it_trains_two_steps_shrunk[bahdanau]"),
+    ("test_experiments.py", "test_the_lesson_runs_as_a_script"),
+    ("translation/test_distributed.py", "test_two_processes_go_on"),
+    ("translation/test_plan.py", "test_devices_that_share_out_the_model"),
+]
 AS_USERS_HAVE_THEM = {
     "test_attention.py",
     "test_blockwise.py",

@@ -1,6 +1,6 @@
 """AN4: spelled words, numbers and commands of speakers nobody has heard, from 13 cepstra.
 
-qkv-jax train experiments/speech_recognition/an4.py --data.directory ../shared/data/an4_mfcc
+    qkv-jax train experiments/speech_recognition/an4.py --data.directory ../shared/data/an4_mfcc
 
 Hardware, time and result: README.md beside this file.
 """

@@ -1,6 +1,6 @@
 """FSDD: ten spoken digits of a speaker nobody has heard, from the waveform.
 
-qkv-jax train experiments/speech_recognition/fsdd.py --data.file ../shared/data/fsdd/fsdd.npz
+    qkv-jax train experiments/speech_recognition/fsdd.py --data.file ../shared/data/fsdd/fsdd.npz
 
 Hardware, time and result: README.md beside this file.
 """
