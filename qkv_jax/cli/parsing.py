@@ -25,7 +25,7 @@ def load_experiment(path: Path) -> Any:
     if not path.is_file():
         files = [*Path("experiments").rglob("*.py"), *path.parent.glob("*.py")]
         there = {file.stem: file for file in files}
-        near = difflib.get_close_matches(path.stem, there, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(path.stem, there, n=1, cutoff=0.6)
         hint = f": did you mean {there[near[0]]}?" if near else ""
         raise UsageError(f"there is no experiment file {path}{hint}")
     spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
