@@ -77,10 +77,12 @@ AS_USERS_HAVE_THEM = {
     "test_attention.py",
     "test_blockwise.py",
     "test_context_parallel.py",
+    "test_kernels.py",
     "test_loop.py",
     "test_mesh.py",
     "test_plan.py",
     "test_step.py",
+    "test_tokamax.py",
 }
 SHARED = Path(__file__).parents[2] / "shared"
 
