@@ -36,12 +36,14 @@ class Agreement:
     Attributes:
         tokens: target tokens whose log-probabilities were compared.
         max_difference: the largest difference of two log-probabilities.
+        largest: the largest of ours, by its size.
         sentences: whose beam outputs were compared.
         equal: of them, with the same tokens.
     """
 
     tokens: int
     max_difference: float
+    largest: float
     sentences: int
     equal: int
 
@@ -110,6 +112,7 @@ def verify(
     return Agreement(
         tokens=sum(map(len, wanted)),
         max_difference=float(max(differences)),
+        largest=float(max(np.abs(one).max() for one in wanted)),
         sentences=len(sources),
         equal=equal,
     )

@@ -149,6 +149,8 @@ class GraphAttention(nnx.Module):
 class Model(nnx.Module):
     """features (P, C) and arcs (A,) of a graph -> logits of its nodes (P, V)."""
 
+    unit = "nodes"
+
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         """Draws float32 parameters from the stream "params" of rngs."""
         for name in ("features", "classes"):

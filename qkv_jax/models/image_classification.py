@@ -5,8 +5,8 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import optax
 
+from qkv_jax.models.classification import class_sums
 from qkv_jax.ops import pixels, split_rng
 
 Array = jax.Array
@@ -92,19 +92,13 @@ def class_loss(
         The loss, and {"loss_sum", "nll_sum", "accuracy_sum", "tokens"}, float32 sums over rows.
     """
     settings: Settings = model.config
-    weight = batch["weight"]
-    logits = _logits(model, batch, rng)
-    classes = logits.shape[-1]
-    target = jax.nn.one_hot(batch["label"], classes, dtype=jnp.float32)
-    smooth = optax.smooth_labels(target, settings.label_smoothing)
-    loss = jnp.sum(weight * optax.softmax_cross_entropy(logits, smooth))
-    right = jnp.argmax(logits, axis=-1) == batch["label"]
-    return loss, {
-        "loss_sum": loss,
-        "nll_sum": jnp.sum(weight * optax.softmax_cross_entropy(logits, target)),
-        "accuracy_sum": jnp.sum(weight * right),
-        "tokens": jnp.sum(weight),
-    }
+    sums = class_sums(
+        _logits(model, batch, rng),
+        batch["label"],
+        batch["weight"],
+        smoothing=settings.label_smoothing,
+    )
+    return sums["loss_sum"], sums
 
 
 def class_logits(model: Classifier, batch: dict[str, Array]) -> dict[str, Array]:

@@ -116,6 +116,8 @@ class _Questions(NamedTuple):
 class Model(nnx.Module):
     """Rows of items (B, T) -> scores of all items, of what comes next or is masked."""
 
+    unit = "items"
+
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         """Draws float32 parameters from the stream "params" of rngs."""
         if config.items < 1:

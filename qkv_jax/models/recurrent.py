@@ -5,7 +5,7 @@ A bidirectional GRU reads the source, a GRU writes the target and looks at the s
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -219,32 +219,26 @@ class Model(nnx.Module):
         keys = self.cross.remember(memory)
         rngs = split_rng(rng, self.config.decoder_layers + 2)
         x = self._embed(target, rngs[0])
+        mask: Mask = masks.lengths(key=lengths)
         if segments is None:
+            first = jnp.zeros_like(target[:, :1])
             starts = jnp.arange(target.shape[1])[None] == jnp.zeros_like(target)
-            first, rows = jnp.zeros_like(target[:, :1]), masks.lengths(key=lengths)
         else:
-            starts = _starts(segments.target)
             same = segments.target[:, :, None] == segments.source[:, None]
-            first, rows = (
-                jnp.argmax(same, axis=2),
-                masks.segments(segments.target, segments.source),
-            )
+            first, starts = jnp.argmax(same, axis=2), _starts(segments.target)
+            mask = masks.segments(segments.target, segments.source)
         initial = self._initial(memory, first)
         if self.attends_first:
-            mask: Mask = rows
             state, asked, found = self._bahdanau(
                 x, starts, initial[0], memory, keys, lengths, segments
             )
         else:
-            state, mask = self.decoder[0](x, starts, initial[0]), rows
-        for layer, gru in enumerate(self.decoder):
-            if layer == 0:
-                continue
+            state = self.decoder[0](x, starts, initial[0])
+        for layer in range(1, self.config.decoder_layers):
             below = dropout(state, self.config.dropout, rngs[layer])
-            state = state + gru(below, starts, initial[layer])
+            state = state + self.decoder[layer](below, starts, initial[layer])
         if not self.attends_first:
-            asked = state
-            found = self._look(state, keys, memory, mask, lengths)
+            asked, found = state, self._look(state, keys, memory, mask, lengths)
         parts = [state, found, x] if self.attends_first else [state, found]
         return self._read(parts, rngs[-1]), asked
 
@@ -347,11 +341,10 @@ class Model(nnx.Module):
             inputs = jnp.concatenate([x, found.astype(x.dtype)], -1)
         state = first.step(cache.states[0], first.inputs(inputs))
         states = [state]
-        for layer, gru in enumerate(self.decoder):
-            if layer:
-                moved = gru.step(cache.states[layer], gru.inputs(state))
-                states.append(moved)
-                state = state + moved
+        for layer in range(1, self.config.decoder_layers):
+            gru = self.decoder[layer]
+            states.append(gru.step(cache.states[layer], gru.inputs(state)))
+            state = state + states[-1]
         if not self.attends_first:
             found = self._look(state, *look)
         parts = [state, found, x] if self.attends_first else [state, found]
@@ -359,7 +352,7 @@ class Model(nnx.Module):
         return logits, replace(cache, states=tuple(states))
 
 
-def check_heads(config: Config, mesh: Mapping[str, int]) -> None:
+def check_mesh(config: Config, mesh: Mapping[str, int]) -> None:
     """Raises ValueError where the mesh has an axis that shares out what this model goes through in order.
 
     Args:
@@ -367,7 +360,7 @@ def check_heads(config: Config, mesh: Mapping[str, int]) -> None:
         mesh: the sizes of its axes.
     """
     del config
-    context: Any = mesh.get("context", 1)
+    context = mesh.get("context", 1)
     if context > 1:
         raise ValueError(
             f"a recurrent model goes through its sequences in order, so context must be 1; got {context}."

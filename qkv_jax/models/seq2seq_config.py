@@ -244,7 +244,7 @@ def train_flops(config: Config, *, rows: int, source: int, target: int) -> float
     return 3 * 2.0 * rows * (layers + target * D * V)
 
 
-def check_heads(config: Config, mesh: Mapping[str, int]) -> None:
+def check_mesh(config: Config, mesh: Mapping[str, int]) -> None:
     """Raises ValueError if `config.context` cannot share the heads out as a mesh asks.
 
     Args:

@@ -148,6 +148,8 @@ class QueryBlock(nnx.Module):
 class Model(nnx.Module):
     """Pictures (B, H, W, 3) -> what Q queries found, after each of the decoder's layers."""
 
+    unit = "boxes"
+
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         if config.classes < 1:
             raise ValueError(f"classes must be positive; got {config.classes}.")

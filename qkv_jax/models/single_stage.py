@@ -54,6 +54,8 @@ class Config:
 class Model(nnx.Module):
     """Pictures (B, H, W, 3) -> a logit for each class and a box for each cell."""
 
+    unit = "boxes"
+
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         if config.classes < 1:
             raise ValueError(f"classes must be positive; got {config.classes}.")

@@ -246,6 +246,8 @@ class Model(nnx.Module):
     Gulati et al. 2020, arXiv 2005.08100, with one feed-forward layer and not two halves.
     """
 
+    unit = "units"
+
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         """Draws float32 parameters from the stream "params" of rngs."""
         if config.vocabulary < 5 or config.channels < 1:

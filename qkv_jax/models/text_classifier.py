@@ -20,6 +20,7 @@ from qkv_jax.layers import (
     QKVAttention,
     make_norm,
 )
+from qkv_jax.models.classification import class_sums
 from qkv_jax.ops import Mask, dropout, masks, patterns, pin, split_rng
 from qkv_jax.ops.dropout import keep
 
@@ -209,18 +210,8 @@ class Model(nnx.Module):
         rngs = split_rng(rng, 2)
         tokens = leave_out_words(tokens, self.config.masking, rngs[0])
         logits = self(tokens, rng=rngs[1])
-        log_likelihoods = jax.nn.log_softmax(logits)
-        nll = -jnp.take_along_axis(log_likelihoods, labels[:, None], axis=1)[:, 0]
-        smoothing = self.config.smoothing
-        losses = (1 - smoothing) * nll - smoothing * log_likelihoods.mean(axis=1)
-        right = (logits.argmax(axis=1) == labels).astype(jnp.float32)
-        loss = jnp.sum(losses * weight)
-        return loss, {
-            "tokens": weight.sum(),
-            "loss_sum": loss,
-            "nll_sum": jnp.sum(nll * weight),
-            "accuracy_sum": jnp.sum(right * weight),
-        }
+        sums = class_sums(logits, labels, weight, smoothing=self.config.smoothing)
+        return sums["loss_sum"], sums
 
     def predict(self, batch: Batch) -> dict[str, Array]:
         """Scores of the classes, (B, V), under "logits"."""

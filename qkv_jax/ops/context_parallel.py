@@ -14,7 +14,6 @@ Jacobs et al. 2023, arXiv 2309.14509.
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any, Literal, get_args, overload
 
 import jax
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
-from qkv_jax.ops import blockwise
+from qkv_jax.ops import blockwise, context_layout
 from qkv_jax.ops.attention import (
     DENSE_PAIRS,
     check_arguments,
@@ -151,8 +150,8 @@ def context_parallel_attention(
     method = _chosen(method, T // devices * S, heads=N // shares, devices=devices)
     key, value = (_enough_heads(x, N, shares) for x in (key, value))
     limits = blockwise.choose_limits(mask, (B, N, T, S))
-    parts = devices * _halves(method)
-    chunks = [_chunk(n, parts, limit) for n, limit in zip((T, S), limits)]
+    parts = devices * context_layout.halves(method)
+    chunks = [context_layout.chunk(n, parts, limit) for n, limit in zip((T, S), limits)]
     length = axis if devices > 1 else None
     spec = PartitionSpec(rows or None, length, heads, None)
     arrays = [
@@ -306,17 +305,22 @@ def blocks_looked_at(
         limits: queries and keys in a block at most; None: as the attention chooses.
     """
     limits = limits or blockwise.choose_limits(mask, shape)
-    halves = _halves(method)
+    halves = context_layout.halves(method)
     parts = halves * devices
-    chunks = [_chunk(n, parts, limit) for n, limit in zip(shape[2:], limits)]
-    size, each = _cut(chunks, limits)
+    chunks = [
+        context_layout.chunk(n, parts, limit) for n, limit in zip(shape[2:], limits)
+    ]
+    size, each = context_layout.cut(chunks, limits)
     grid = Blocks(shape, size, (parts * each[0], parts * each[1]))
     some = np.ones((1, 1, 1, 1), bool) if mask is None else mask.blocks(grid)[0]
     if not isinstance(some, np.ndarray):
         raise TypeError("the mask must have no arrays, for its blocks to be known.")
     some = np.broadcast_to(some, (*shape[:2], *grid.count)).sum((0, 1))
     queries, keys = (
-        [np.asarray(_held(device, n, devices, halves)) for device in range(devices)]
+        [
+            np.asarray(context_layout.held(device, n, devices, halves))
+            for device in range(devices)
+        ]
         for n in each
     )
     return np.array(
@@ -384,15 +388,15 @@ def _attend_here(
     if axis is None or method == "ulysses":
         return _with_all_keys(inputs, plan, axis, devices, row, head)
     if method == "zigzag":
-        swap = functools.partial(_zigzag, axis=axis, devices=devices)
+        swap = functools.partial(context_layout.zigzag, axis=axis, devices=devices)
         inputs = inputs._replace(
             query=swap(inputs.query), key=swap(inputs.key), value=swap(inputs.value)
         )
-    halves = _halves(method)
-    size, each = _cut((T // halves, key.shape[1] // halves), plan.size)
+    halves = context_layout.halves(method)
+    size, each = context_layout.cut((T // halves, key.shape[1] // halves), plan.size)
     total = halves * devices * each[0], halves * devices * each[1]
     here = jax.lax.axis_index(axis)
-    places: list[Any] = [_held(here, n, devices, halves) for n in each]
+    places: list[Any] = [context_layout.held(here, n, devices, halves) for n in each]
     if method == "gather":
         gather = functools.partial(jax.lax.all_gather, axis_name=axis, tiled=True)
         inputs = inputs._replace(key=gather(key, axis=1), value=gather(value, axis=1))
@@ -441,65 +445,12 @@ def _with_all_keys(
     )
 
 
-def _held(device: Any, each: int, devices: int, halves: int) -> Array:
-    """Which of the whole's blocks a device holds, (halves * each,) int32."""
-    parts = [device, 2 * devices - 1 - device][:halves]
-    blocks = jnp.arange(each, dtype=jnp.int32)
-    return jnp.concatenate([part * each + blocks for part in parts])
-
-
-def _zigzag(x: Array, *, axis: str, devices: int, back: bool = False) -> Array:
-    """Chunks 2i and 2i + 1 of the length on device i -> chunks i and 2n - 1 - i; or back."""
-    # Device i's two chunks go each to one device, and no two of a kind to the same.
-    owner = [min(c, 2 * devices - 1 - c) for c in range(2 * devices)]
-    roads = [[(i, owner[2 * i + odd]) for i in range(devices)] for odd in (0, 1)]
-    even = jax.lax.axis_index(axis) % 2 == 0
-
-    def swap(halves):
-        """Of chunks i and 2n - 1 - i, the even one was a first half."""
-        one, other = halves
-        return jnp.where(even, one, other), jnp.where(even, other, one)
-
-    halves = jnp.split(x, 2, axis=1)
-    if back:
-        roads = [[(there, here) for here, there in road] for road in roads]
-        halves = swap(halves)
-    halves = [jax.lax.ppermute(x, axis, road) for x, road in zip(halves, roads)]
-    return jnp.concatenate(halves if back else swap(halves), axis=1)
-
-
 def _enough_heads(x: Array, heads: int, shares: int) -> Array:
     """Keys or values (B, S, K, size), their heads repeated until `shares` divides them."""
     K = x.shape[2]
     repeats = (r for r in range(1, heads // K + 1) if heads // K % r == 0)
     fitting = [r for r in repeats if K * r % shares == 0]
     return jnp.repeat(x, fitting[0], axis=2) if fitting[0] > 1 else x
-
-
-def _chunk(length: int, parts: int, limit: int) -> int:
-    """The length of each of so many equal parts, which even blocks of at most `limit` fill."""
-    part = -(-length // parts)
-    if part <= limit:
-        return part
-    size = blockwise.even_block(part, limit)
-    return -(-part // size) * size
-
-
-def _cut(chunks: Sequence[int], limits: tuple[int, int]) -> tuple[Any, Any]:
-    """The size of blocks that chunks of queries and of keys divide into, and how many there are.
-
-    The largest of at most `limits`.
-    """
-    size = tuple(
-        next(n for n in range(min(length, limit), 0, -1) if length % n == 0)
-        for length, limit in zip(chunks, limits)
-    )
-    return size, tuple(length // n for length, n in zip(chunks, size))
-
-
-def _halves(method: str) -> int:
-    """Chunks of the length that a device holds."""
-    return 2 if method == "zigzag" else 1
 
 
 def _laid_out(x: Array, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> Array:

@@ -35,7 +35,7 @@ class ExampleModel(Protocol):
     """What a model file's `Model(config, *, rngs)` has, an `nnx.Module`.
 
     Its state is nnx.Param alone, with logical axes. It may have predict(batch) -> arrays by name,
-    rows first, for a scorer.
+    rows first, for a scorer; and `unit`, what its loss is a mean over, for messages: "examples".
     """
 
     def loss(
@@ -157,6 +157,11 @@ def fill_sizes(model: Any, sizes: Mapping[str, int]) -> Any:
     return dataclasses.replace(model, **missing)
 
 
+def model_class(config: Any) -> Any:
+    """The Model of a Config's file."""
+    return sys.modules[type(config).__module__].Model
+
+
 def new_model(config: Any, *, seed: int) -> Any:
     """A model of its Config's file, with new parameters."""
-    return sys.modules[type(config).__module__].Model(config, rngs=nnx.Rngs(seed))
+    return model_class(config)(config, rngs=nnx.Rngs(seed))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from jax.sharding import Mesh
 from qkv_jax import training
 from qkv_jax.data import train_iterator
 from qkv_jax.data.splits import Arrays, Cut, ExampleStream, Splits, example_batches
-from qkv_jax.tasks.config import TaskConfig, fill_sizes, new_model
+from qkv_jax.tasks.config import TaskConfig, fill_sizes, model_class, new_model
 from qkv_jax.training import RunError
 
 
@@ -45,10 +44,8 @@ class TrainedModel:
 
     def predict(self, arrays: Arrays) -> dict[str, np.ndarray]:
         """The model's predictions for some examples, rows first, on the host."""
-        rows, cut = (
-            _eval_rows(self.config, self.mesh),
-            Cut.choose(self.splits, self.config.lengths),
-        )
+        rows = _eval_rows(self.config, self.mesh)
+        cut = Cut.choose(self.splits, self.config.lengths)
         return _predictions(self.model, arrays, rows, cut, self.mesh)(self.params)
 
 
@@ -97,7 +94,7 @@ def make_task(config: TaskConfig, mesh: Mesh) -> training.Task:
         share=share,
         evaluate=evaluate,
         report=(*splits.report, str(splits), str(stream)),
-        unit="examples",
+        unit=getattr(model_class(model), "unit", "examples"),
         finish=finish,
     )
 
@@ -110,11 +107,7 @@ def make_loss(model: Any) -> training.step.LossFn:
 
 def is_task(directory: str | Path) -> bool:
     """Whether a directory is that of a run on examples, by its config.json."""
-    try:
-        content = json.loads((Path(directory) / "config.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.get("kind") == TaskConfig.__name__
+    return training.run_kind(directory) == TaskConfig.__name__
 
 
 def read_task(directory: str | Path) -> TaskConfig:
@@ -135,7 +128,7 @@ def read_task(directory: str | Path) -> TaskConfig:
 def load_task(
     directory: str | Path,
     *,
-    checkpoint: int | str | None = None,
+    checkpoint: training.Checkpoint | None = None,
     mesh: Mesh | None = None,
     config: TaskConfig | None = None,
 ) -> TrainedModel:
@@ -143,8 +136,7 @@ def load_task(
 
     Args:
         directory: of the run.
-        checkpoint: a step, "best", "latest", or "average" of the last `training.average`; None:
-            "average" where the run is configured for it, else "best".
+        checkpoint: see `training.load_params`.
         mesh: where its parameters go; None: all devices hold them whole.
         config: of the run; None: as its directory says.
 
@@ -251,16 +243,15 @@ def _restore(
     config: TaskConfig,
     model: Any,
     directory: Path,
-    checkpoint: int | str | None,
+    checkpoint: training.Checkpoint | None,
     mesh: Mesh,
 ) -> Any:
-    average, like = config.training.average, _halves(model)[1]
-    if checkpoint is None:
-        checkpoint = "average" if average > 1 else "best"
-    if checkpoint == "average":
-        params = training.average_params(directory, like, count=average)
-    else:
-        params = training.restore_params(directory, like, step=checkpoint)  # type: ignore[arg-type]
+    params = training.load_params(
+        directory,
+        _halves(model)[1],
+        checkpoint=checkpoint,
+        average=config.training.average,
+    )
     return training.place_state(params, mesh)
 
 

@@ -5,9 +5,11 @@ from qkv_jax.training.adapters import LoraConfig as LoraConfig
 from qkv_jax.training.adapters import count_params as count_params
 from qkv_jax.training.adapters import merge_params as merge_params
 from qkv_jax.training.adapters import split_params as split_params
+from qkv_jax.training.checkpoint import Checkpoint as Checkpoint
 from qkv_jax.training.checkpoint import CheckpointStore as CheckpointStore
 from qkv_jax.training.checkpoint import average_params as average_params
 from qkv_jax.training.checkpoint import checkpoint_steps as checkpoint_steps
+from qkv_jax.training.checkpoint import load_params as load_params
 from qkv_jax.training.checkpoint import restore_params as restore_params
 from qkv_jax.training.distributed import DistributedConfig as DistributedConfig
 from qkv_jax.training.distributed import check_same as check_same
@@ -35,6 +37,7 @@ from qkv_jax.training.runs import is_finished as is_finished
 from qkv_jax.training.runs import locked as locked
 from qkv_jax.training.runs import open_run as open_run
 from qkv_jax.training.runs import read_config as read_config
+from qkv_jax.training.runs import run_kind as run_kind
 from qkv_jax.training.seeds import train_seeds as train_seeds
 from qkv_jax.training.sharding import MeshConfig as MeshConfig
 from qkv_jax.training.sharding import auto_mesh as auto_mesh

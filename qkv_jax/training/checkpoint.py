@@ -31,6 +31,7 @@ FOLDER = "checkpoints"
 SIZES_FILE = "files.json"
 CONSTANT = "constant"
 PROGRESS = "progress"
+Checkpoint = int | Literal["best", "latest", "average"]
 
 
 class CheckpointStore:
@@ -259,6 +260,34 @@ def average_params(
     return jax.tree.map(
         lambda t, x: jnp.asarray((t / count).astype(x.dtype)), total, like
     )
+
+
+def load_params(
+    directory: str | os.PathLike,
+    like: Any,
+    *,
+    checkpoint: Checkpoint | None = None,
+    average: int = 1,
+    finetune: FinetuneConfig | None = None,
+) -> Any:
+    """The weights that a run is used with.
+
+    Args:
+        directory: of the run.
+        like: see restore_params.
+        checkpoint: a step, "best", "latest", or "average": see average_params; None: "average" of
+            a run that averages, else "best".
+        average: how many checkpoints the run averages.
+        finetune: that of the run.
+
+    Raises:
+        RunError: see restore_params and average_params.
+    """
+    if checkpoint is None:
+        checkpoint = "average" if average > 1 else "best"
+    if checkpoint == "average":
+        return average_params(directory, like, count=average, finetune=finetune)
+    return restore_params(directory, like, step=checkpoint, finetune=finetune)
 
 
 class _KeepLatestAndBest(PreservationPolicy):

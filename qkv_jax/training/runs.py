@@ -144,6 +144,15 @@ def _refuse(directory: str | os.PathLike, differing: list[str]) -> None:
     )
 
 
+def run_kind(directory: str | os.PathLike) -> str | None:
+    """What class of configuration a run was made with; None: the directory is no run."""
+    try:
+        content = json.loads((Path(directory) / CONFIG_FILE).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content.get("kind") if isinstance(content, dict) else None
+
+
 def _prepare(directory: Path) -> bool:
     """Makes the directory where needed; True where it holds a config.json already."""
     try:

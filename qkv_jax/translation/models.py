@@ -35,7 +35,7 @@ def model_shapes(config: ModelConfig) -> Any:
 def check_mesh(config: ModelConfig, mesh: Mapping[str, int]) -> None:
     """Raises ValueError where a mesh, given by its axes' sizes, does not fit the model."""
     kind: Any = recurrent if isinstance(config, recurrent.Config) else seq2seq
-    kind.check_heads(config, mesh)
+    kind.check_mesh(config, mesh)
 
 
 @functools.cache

@@ -36,7 +36,7 @@ def plan_run(config: TranslationConfig) -> Plan:
         raise training.RunError("plan knows what a Transformer costs, not this model")
     try:
         mesh = training.make_mesh(config.mesh)
-        seq2seq.check_heads(model, mesh.shape)
+        seq2seq.check_mesh(model, mesh.shape)
         optimizer = training.make_optimizer(config.optimizer, config.training.steps)
         state = training.abstract_state(
             functools.partial(init_params, model, seed=0),

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -20,6 +20,7 @@ from qkv_jax.interop import (
     save_description,
 )
 from qkv_jax.models import seq2seq
+from qkv_jax.training import Checkpoint
 from qkv_jax.translation.config import (
     DecodingConfig,
     LanguageConfig,
@@ -31,7 +32,6 @@ from qkv_jax.translation.translator import Translator
 TOKENIZER = "tokenizer"
 MODEL = "model.json"
 NO_LANGUAGES = LanguageConfig()
-Checkpoint = int | Literal["best", "latest", "average"]
 # What a run may choose anew for a model that it starts from: none changes what weights mean.
 FREE = (
     "dropout",
@@ -157,11 +157,7 @@ def load_start(
 
 def is_run(directory: str | Path) -> bool:
     """Whether a directory is that of a run, by its config.json."""
-    try:
-        content = json.loads((Path(directory) / "config.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and "kind" in content
+    return training.run_kind(directory) is not None
 
 
 def read_run(directory: str | Path) -> TranslationConfig:
@@ -294,23 +290,13 @@ def _of_run(directory: Path, checkpoint: Checkpoint | None) -> Start:
     except data.DataError as error:
         raise training.RunError(str(error)) from error
     model = run_model(config, tokenizer, directory)
-    params = _restore(config, model, directory, checkpoint)
+    params = training.load_params(
+        directory,
+        model_shapes(model),
+        checkpoint=checkpoint,
+        average=config.training.average,
+        finetune=config.finetune,
+    )
     if pretrained is not None and isinstance(model, seq2seq.Config):
         pretrained = dataclasses.replace(pretrained, config=model, params=params)
     return Start(model, params, tokenizer, config.decoding, pretrained)
-
-
-def _restore(
-    config: TranslationConfig,
-    model: ModelConfig,
-    directory: Path,
-    checkpoint: Checkpoint | None,
-) -> Any:
-    average = config.training.average
-    like = model_shapes(model)
-    if checkpoint is None:
-        checkpoint = "average" if average > 1 else "best"
-    tuned = {"finetune": config.finetune}
-    if checkpoint == "average":
-        return training.average_params(directory, like, count=average, **tuned)
-    return training.restore_params(directory, like, step=checkpoint, **tuned)

@@ -134,4 +134,4 @@ def test_every_field_changes_the_parameters_or_the_output():
 
 def test_a_context_axis_is_refused():
     with pytest.raises(ValueError, match="context must be 1; got 2"):
-        recurrent.check_heads(CONFIG, {"context": 2})
+        recurrent.check_mesh(CONFIG, {"context": 2})

@@ -129,8 +129,9 @@ def test_published_models_are_theirs_in_ctranslate2(case, rng, tmp_path):
     targets = draw_ids(rng, model, (4, 1, 9, 0, 6), count=config.vocabulary)
     found = verify(model, tmp_path / "out", sources, targets=targets, alpha=0.6)
     print(found)
-    assert found.max_difference < 1e-4 and found.equal == found.sentences
-    assert found.tokens == 25
+    # As `close`; log-probabilities of T5, whose attention has no scale, can be tens.
+    assert found.max_difference < 1e-5 * max(10.0, found.largest)
+    assert found.equal == found.sentences and found.tokens == 25
 
 
 @pytest.mark.parametrize("case", TRAINED)

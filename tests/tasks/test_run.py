@@ -10,7 +10,13 @@ import pytest
 from qkv_jax import data
 from qkv_jax.data.splits import Splits
 from qkv_jax.tasks import is_task, load_task, read_task
-from qkv_jax.training import MeshConfig, RunError, TrainingConfig, read_metrics
+from qkv_jax.training import (
+    MeshConfig,
+    RunError,
+    TrainingConfig,
+    make_mesh,
+    read_metrics,
+)
 from tests.tasks import toy
 
 ONE = MeshConfig(data=1)
@@ -152,3 +158,10 @@ def test_parts_that_do_not_fit_are_refused():
         Splits(train={"a": np.zeros(2), "b": np.zeros(3)}, valid={}, test={})
     kept, held = data.hold_out(10, 0.3, seed=1)
     assert len(held) == 3 and sorted([*kept, *held]) == list(range(10))
+
+
+def test_a_model_says_what_is_counted(tmp_path, monkeypatch):
+    config, mesh = toy.make_config(tmp_path / "run"), make_mesh(ONE)
+    assert config.task(mesh).unit == "examples"
+    monkeypatch.setattr(toy.Model, "unit", "rows", raising=False)
+    assert config.task(mesh).unit == "rows"

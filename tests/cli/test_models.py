@@ -47,7 +47,7 @@ def test_what_the_readme_shows_runs(say, places, monkeypatch, capfd):
     (places / "models").mkdir(exist_ok=True)
     (places / "models" / "en-de").symlink_to(places / "in")
     monkeypatch.chdir(places)
-    text = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    text = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
     code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[1]
     exec(compile(code, "README.md", "exec"), {})  # noqa: S102
     (shown,) = capfd.readouterr().out.splitlines()
