@@ -16,7 +16,7 @@ from qkv_jax.data import BOS, EOS, EncodedPairs, Pair, SentenceTokenizer
 from qkv_jax.models import seq2seq
 from qkv_jax.training.losses import projected_cross_entropy
 from qkv_jax.translation.config import TranslationConfig
-from qkv_jax.translation.evaluate import Scores, score
+from qkv_jax.translation.evaluate import Scores, bleu_tokenizer, corpus_bleu, score
 from qkv_jax.translation.models import (
     ModelConfig,
     check_mesh,
@@ -201,12 +201,15 @@ def make_task(config: TranslationConfig, mesh: jax.sharding.Mesh) -> training.Ta
         unit="target tokens",
         score_first=start is not None,
         save=save,
-        finish=lambda directory: _finish(directory, prepared.corpus, mesh),
+        finish=lambda directory: _finish(config, directory, prepared.corpus, mesh),
     )
 
 
 def _finish(
-    directory: Path, corpus: data.Corpus, mesh: jax.sharding.Mesh
+    config: TranslationConfig,
+    directory: Path,
+    corpus: data.Corpus,
+    mesh: jax.sharding.Mesh,
 ) -> dict[str, Any]:
     """Draws the trained run, and scores it on the test part."""
     translator = load_run(directory, mesh=mesh)
@@ -221,7 +224,8 @@ def _finish(
         draw_run(directory, drawer, (corpus.test or corpus.train)[:50])
     if not corpus.test:
         return {}
-    scores, _ = evaluate_run(translator, corpus.test)
+    tokenize = bleu_tokenizer(config.data.target)
+    scores, _ = evaluate_run(translator, corpus.test, tokenize=tokenize)
     return {"test": scores.to_json()}
 
 
@@ -249,11 +253,19 @@ def load_run(
 
 
 def evaluate_run(
-    translator: Translator, pairs: Sequence[Pair]
+    translator: Translator, pairs: Sequence[Pair], *, tokenize: str | None = None
 ) -> tuple[Scores, list[str]]:
-    """Scores of a model on (source, reference) pairs, and its translations."""
-    translations = [best[0].text for best in translator([pair[0] for pair in pairs])]
-    return score(translations, [pair[1] for pair in pairs]), translations
+    """Scores of a model on (source, reference) pairs, and its translations.
+
+    Args:
+        translator: the model.
+        pairs: at least one.
+        tokenize: of BLEU, see `make_metrics`.
+    """
+    sources, references = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    translations = [best[0].text for best in translator(sources)]
+    found = score(translations, references, sources=sources, tokenize=tokenize)
+    return found, translations
 
 
 def draw_run(directory: Path, translator: Translator, pairs: Sequence[Pair]) -> None:
@@ -311,6 +323,7 @@ def _validation(
     )
     shown = prepared.corpus.valid[: config.validation_sentences]
     greedy = dataclasses.replace(config.decoding, beams=1)
+    tokenize = bleu_tokenizer(config.data.target)
 
     def evaluate(params: Any) -> dict[str, float]:
         batches = data.eval_batches(
@@ -331,7 +344,8 @@ def _validation(
                 decoding=greedy,
                 mesh=mesh,
             )
-            means["bleu"] = evaluate_run(translator, shown)[0].bleu
+            found = [best[0].text for best in translator([pair[0] for pair in shown])]
+            means["bleu"] = corpus_bleu(found, [pair[1] for pair in shown], tokenize)
         return means
 
     return evaluate
