@@ -69,7 +69,11 @@ def prepare(
         DataError: the text cannot be read, or nothing is left of it.
     """
     text, corpus = config.text, config.data.load()
-    train, filtered = data.filter_pairs(corpus.train, text.filters)
+    made, symbols = [], list(corpus.symbols)
+    if text.back_translated is not None:
+        made = data.tagged(data.BACK_TRANSLATED, data.read_pairs(text.back_translated))
+        symbols.append(data.BACK_TRANSLATED)
+    train, filtered = data.filter_pairs(corpus.train + made, text.filters)
     if not train:
         raise data.DataError(
             f"no training pair is left ({filtered}): loosen text.filters, or use other text"
@@ -79,6 +83,7 @@ def prepare(
             [side for pair in train for side in pair],
             vocab_size=text.vocabulary,
             model_type=text.tokenizer,
+            symbols=symbols,
         )
     pairs = data.encode_pairs(train, tokenizer)
     buckets = data.choose_buckets(
@@ -101,6 +106,7 @@ def prepare(
     )
     report = [] if corpus.report is None else [f"corpus: {corpus.report}"]
     report += [
+        *([f"back-translated: {len(made):,} pairs"] if made else []),
         f"filters: {filtered}",
         f"parts: {len(train):,} training, {len(corpus.valid):,} validation, {len(corpus.test):,} test",
         f"vocabulary: {tokenizer.target_size:,} subwords",
