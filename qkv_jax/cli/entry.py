@@ -18,6 +18,7 @@ USAGE = f"""usage: {PROGRAM} COMMAND ...
   evaluate MODEL... [OPTIONS]    BLEU, chrF, TER of models on held-out text; a task's own metrics
   compare A B... [OPTIONS]       which differences from the first are real: paired tests, sentences
   translate MODEL [TEXT ...]     translate arguments, a file, or standard input
+  back-translate MODEL [OPTIONS] training pairs from text in the target language alone
   score MODEL [OPTIONS]          log-probabilities that a model gives to translations
   plot RUN [OPTIONS]             draw a run's curves and attention
   plan FILE [OPTIONS]            memory, traffic and time of a step on a mesh, before it is rented
@@ -35,6 +36,7 @@ COMMANDS = {
     "evaluate": "evaluating",
     "compare": "evaluating",
     "translate": "translating",
+    "back-translate": "back_translation",
     "score": "translating",
     "plot": "translating",
     "plan": "training",
@@ -62,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if whole_process:
             keep_programs(cache_directory() / "programs")
         module = importlib.import_module(f"qkv_jax.cli.{COMMANDS[name]}")
-        getattr(module, name if name != "import" else "import_model")(arguments[1:])
+        function = name.replace("-", "_") if name != "import" else "import_model"
+        getattr(module, function)(arguments[1:])
     except (UsageError, DataError, InteropError, RunError, FloatingPointError) as error:
         # FloatingPointError: --debug-nans.
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)

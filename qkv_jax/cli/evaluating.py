@@ -16,6 +16,7 @@ from qkv_jax.cli.options import (
     Compare,
     Evaluate,
     HeldOutText,
+    check_language,
     checkpoint_of,
     load_model,
 )
@@ -83,7 +84,7 @@ def compare(arguments: list[str]) -> None:
     }
     for system in systems:
         if not _is_text(system):
-            translator = load_model(dataclasses.replace(options, model=system))
+            translator = _load(options, system)
             lines[str(system)] = [best[0].text for best in translator(text.sources)]
     found = _as_usage(
         compare,
@@ -151,7 +152,7 @@ def _measure(options: Evaluate, model: Path) -> Measured:
     from qkv_jax.translation import score
     from qkv_jax.translation.evaluate import comet_score
 
-    translator = load_model(dataclasses.replace(options, model=model))
+    translator = _load(options, model)
     text = _text(options, model)
     translations = [best[0].text for best in translator(text.sources)]
     scores = _as_usage(
@@ -184,14 +185,9 @@ def _has_comet() -> bool:
 
 def _given_text(options: HeldOutText, model: Path) -> HeldOut | None:
     """The text that the options name; None: they name none."""
-    from qkv_jax.translation import is_run, read_run
-
     if options.set is not None:
-        pair = options.pair
-        if pair is None and is_run(model):
-            data = read_run(model).data
-            pair = f"{data.source}-{data.target}"
-        if pair is None:
+        pair = options.pair or "-".join(filter(None, _languages(options, model)))
+        if "-" not in pair:
             raise UsageError("--set needs --pair, such as --pair en-de")
         return read_sacrebleu_set(options.set, pair)
     if options.source is not None:
@@ -203,7 +199,7 @@ def _given_text(options: HeldOutText, model: Path) -> HeldOut | None:
 
 def _text(options: HeldOutText, model: Path) -> HeldOut:
     """What a model is measured on."""
-    from qkv_jax.translation import is_run, read_run
+    from qkv_jax.translation import is_run
 
     text = _given_text(options, model)
     if text is not None:
@@ -212,12 +208,52 @@ def _text(options: HeldOutText, model: Path) -> HeldOut:
         raise UsageError(
             f"{model} is no run, which has a corpus: give --source and --reference, or --set"
         )
-    pairs = getattr(read_run(model).data.load(), options.split)
+    pairs = getattr(_own_data(options, model).load(), options.split)
     if not pairs:
         raise UsageError(
             f"the run's corpus has no {options.split} part: give --source and --reference, or --set"
         )
     return HeldOut.of_pairs(pairs)
+
+
+def _own_data(options: HeldOutText, model: Path) -> Any:
+    """The data of a run; of a multilingual one, for the languages asked for, without tags."""
+    from qkv_jax.data import MultilingualData
+    from qkv_jax.translation import read_run
+
+    own = read_run(model).data
+    if options.target_language is None or not isinstance(own, MultilingualData):
+        return own
+    source, target = options.source_language, options.target_language
+    kept = [p for p in own.pairs if p[1] == target and source in (None, p[0])]
+    return dataclasses.replace(own, pairs=tuple(kept)) if kept else own
+
+
+def _languages(options: HeldOutText, model: Path) -> tuple[str | None, str | None]:
+    """Source and target language: those asked for, else those that a run has alone."""
+    from qkv_jax.translation import is_run, read_run
+    from qkv_jax.translation.config import languages_of
+
+    own = languages_of(read_run(model).data) if is_run(model) else (None, None)
+    return options.source_language or own[0], options.target_language or own[1]
+
+
+def _load(options: HeldOutText, model: Path) -> Any:
+    """A model's translator. Languages that are all it knows need not be told."""
+    from qkv_jax.translation import is_run, read_run
+    from qkv_jax.translation.config import languages_of
+
+    options = dataclasses.replace(options, model=model)
+    if options.source is not None or options.set is not None:
+        check_language(options)
+    asked = (options.source_language, options.target_language)
+    if is_run(model):
+        known = languages_of(read_run(model).data)
+        if all(x in (None, y) for x, y in zip(asked, known)):
+            options = dataclasses.replace(
+                options, source_language=None, target_language=None
+            )
+    return load_model(options)
 
 
 def _text_of_all(options: Compare, systems: Sequence[Path]) -> HeldOut:
@@ -244,7 +280,7 @@ def _text_of_all(options: Compare, systems: Sequence[Path]) -> HeldOut:
 
 def _tokenizer(options: HeldOutText, models: Sequence[Path]) -> str | None:
     """What BLEU splits the text into words by: as asked for, else by the target language."""
-    from qkv_jax.translation import is_run, read_run
+    from qkv_jax.translation import is_run
     from qkv_jax.translation.evaluate import bleu_tokenizer
 
     if options.tokenize is not None:
@@ -252,8 +288,7 @@ def _tokenizer(options: HeldOutText, models: Sequence[Path]) -> str | None:
     if options.pair is not None:
         return bleu_tokenizer(options.pair.split("-")[-1])
     runs = [model for model in models if is_run(model)]
-    language = read_run(runs[0]).data.target if runs else options.target_language
-    return bleu_tokenizer(language)
+    return bleu_tokenizer(_languages(options, (runs or models)[0])[1])
 
 
 def _is_text(system: Path) -> bool:

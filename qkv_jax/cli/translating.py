@@ -11,6 +11,7 @@ from qkv_jax.cli.options import (
     Plot,
     Score,
     Translate,
+    check_language,
     load_model,
 )
 from qkv_jax.cli.parsing import (
@@ -47,6 +48,7 @@ def translate(arguments: list[str]) -> None:
         and [[part for part in line.split("\t") if part.strip()] for line in phrases],
         banned=options.banned,
     )
+    check_language(options)
     translator = load_model(options, n_best=options.n_best)
     found = translator(
         sentences, n_best=options.n_best, align=options.align, wishes=wishes
@@ -60,6 +62,7 @@ def score(arguments: list[str]) -> None:
     options = parse("score", Score, arguments)
     from qkv_jax.data import read_pairs
 
+    check_language(options)
     translator = load_model(options)
     pairs = read_pairs(options.source, options.target)
     found = translator.score(pairs)

@@ -17,6 +17,7 @@ from qkv_jax.layers import (
     AddPositions,
     Embedding,
     EncoderBlock,
+    Positions,
     QKVAttention,
     make_norm,
 )
@@ -45,6 +46,9 @@ class Config:
             and is seen by all; None: every word sees all.
         pooling: which one vector stands for the text: that of the class token, the mean over its
             tokens, or their mean weighted by the attention of one learned query.
+        positions: whether sinusoids are added to the words' vectors.
+        vector_stddev: of the entries of words' vectors, as they are drawn. Where training texts are few,
+            vectors drawn small keep what a word has not been taught from counting.
         dropout: after the embedding, after every sublayer, and on the vector that is classified.
         masking: share of words that training leaves out, as if they were padding: what takes their
             place would be a word that no text to be classified has.
@@ -60,6 +64,8 @@ class Config:
     d_ff: int = 256
     window: int | None = None
     pooling: Pooling = "class_token"
+    positions: bool = True
+    vector_stddev: float = 1.0
     dropout: float = 0.3
     masking: float = 0.15
     smoothing: float = 0.1
@@ -69,6 +75,10 @@ class Config:
         if self.pooling not in get_args(Pooling):
             raise ValueError(
                 f"pooling must be one of {get_args(Pooling)}; got {self.pooling!r}."
+            )
+        if self.vector_stddev <= 0:
+            raise ValueError(
+                f"vector_stddev must be positive; got {self.vector_stddev}."
             )
         for name in ("dropout", "masking", "smoothing"):
             if not 0.0 <= getattr(self, name) < 1.0:
@@ -108,6 +118,8 @@ def long(**changes: Any) -> Config:
         "d_ff": 64,
         "window": 64,
         "pooling": "mean",
+        "positions": False,
+        "vector_stddev": 0.1,
         "masking": 0.5,
     }
     return Config(**(sizes | changes))
@@ -126,8 +138,12 @@ class Model(nnx.Module):
         self.config = config
         D, dtype = config.d_model, jnp.dtype(config.dtype)
         rates: dict[str, Any] = {"dropout_rate": config.dropout, "dtype": dtype}
-        self.embedding = Embedding(config.vocabulary, D, zero=PAD, rngs=rngs)
-        self.positions = AddPositions(D, **rates, rngs=rngs)
+        stddev = config.vector_stddev * D**-0.5
+        self.embedding = Embedding(
+            config.vocabulary, D, stddev=stddev, zero=PAD, rngs=rngs
+        )
+        positions: Positions = "sinusoid" if config.positions else "relative"
+        self.positions = AddPositions(D, positions=positions, **rates, rngs=rngs)
         self.blocks = nnx.List(
             EncoderBlock(
                 D,
@@ -170,7 +186,7 @@ class Model(nnx.Module):
             x = dropout(self.qkv(x, x, x, mask=mask), self.config.dropout, rngs[1])
         for block, drawn in zip(self.blocks, rngs[3:]):
             x = block(x, mask=mask, rng=drawn)
-        pooled = dropout(self.pool(self.norm(x), there), self.config.dropout, rngs[2])
+        pooled = dropout(self.norm(self.pool(x, there)), self.config.dropout, rngs[2])
         return self.classify(pooled).astype(jnp.float32)
 
     def vectors(self, tokens: Array) -> Array:

@@ -2,12 +2,19 @@
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from jax.sharding import Mesh
 
-from qkv_jax.data import Filters, HomeAssistantData, HubData, ParallelData
+from qkv_jax.data import (
+    Filters,
+    HomeAssistantData,
+    HubData,
+    MultilingualData,
+    ParallelData,
+)
 from qkv_jax.decoding import LengthPenalty, gnmt, power
 from qkv_jax.models import recurrent, seq2seq
 from qkv_jax.training import (
@@ -23,6 +30,7 @@ from qkv_jax.training import (
     to_plain,
 )
 
+Data = ParallelData | HomeAssistantData | HubData | MultilingualData
 METRICS = {"loss": "min", "nll": "min", "correct": "max", "bleu": "max"}
 
 
@@ -34,6 +42,9 @@ class TextConfig:
         vocabulary: subwords, shared by both languages.
         tokenizer: SentencePiece's model type.
         filters: which training pairs are left out.
+        back_translated: file of further training pairs whose source a model made, as
+            `qkv-jax back-translate` writes it: each source gets a tag, so that the model can tell
+            (Caswell et al. 2019, arXiv 1906.06442); None: none.
         batch_tokens: target tokens of an update, padding included.
         batch_source_tokens: the same for the source; None: no such limit.
         buckets: static batch shapes, hence compilations of the step.
@@ -47,6 +58,7 @@ class TextConfig:
     vocabulary: int = 8000
     tokenizer: Literal["unigram", "bpe"] = "unigram"
     filters: Filters = field(default_factory=Filters)
+    back_translated: Path | None = None
     batch_tokens: int = 4096
     batch_source_tokens: int | None = None
     buckets: int = 8
@@ -197,7 +209,7 @@ class TranslationConfig:
         distributed: how its processes find each other.
     """
 
-    data: ParallelData | HomeAssistantData | HubData
+    data: Data
     init_from: str | None = None
     languages: LanguageConfig = field(default_factory=LanguageConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
@@ -268,3 +280,14 @@ class TranslationConfig:
             ValueError, TypeError, KeyError: it made no such content.
         """
         return from_plain(cls, content)
+
+
+def languages_of(data: Data) -> tuple[str | None, str | None]:
+    """The source and the target language of a corpus; None: it has several."""
+    if not isinstance(data, MultilingualData):
+        return data.source, data.target
+    sources = {source for source, _ in data.pairs}
+    return (
+        sources.pop() if len(sources) == 1 else None,
+        data.targets[0] if len(data.targets) == 1 else None,
+    )

@@ -15,7 +15,7 @@ from qkv_jax import data, training
 from qkv_jax.data import BOS, EOS, EncodedPairs, Pair, SentenceTokenizer
 from qkv_jax.models import seq2seq
 from qkv_jax.training.losses import projected_cross_entropy
-from qkv_jax.translation.config import TranslationConfig
+from qkv_jax.translation.config import TranslationConfig, languages_of
 from qkv_jax.translation.evaluate import Scores, bleu_tokenizer, corpus_bleu, score
 from qkv_jax.translation.models import (
     ModelConfig,
@@ -69,7 +69,11 @@ def prepare(
         DataError: the text cannot be read, or nothing is left of it.
     """
     text, corpus = config.text, config.data.load()
-    train, filtered = data.filter_pairs(corpus.train, text.filters)
+    made, symbols = [], list(corpus.symbols)
+    if text.back_translated is not None:
+        made = data.tagged(data.BACK_TRANSLATED, data.read_pairs(text.back_translated))
+        symbols.append(data.BACK_TRANSLATED)
+    train, filtered = data.filter_pairs(corpus.train + made, text.filters)
     if not train:
         raise data.DataError(
             f"no training pair is left ({filtered}): loosen text.filters, or use other text"
@@ -79,6 +83,7 @@ def prepare(
             [side for pair in train for side in pair],
             vocab_size=text.vocabulary,
             model_type=text.tokenizer,
+            symbols=symbols,
         )
     pairs = data.encode_pairs(train, tokenizer)
     buckets = data.choose_buckets(
@@ -101,6 +106,7 @@ def prepare(
     )
     report = [] if corpus.report is None else [f"corpus: {corpus.report}"]
     report += [
+        *([f"back-translated: {len(made):,} pairs"] if made else []),
         f"filters: {filtered}",
         f"parts: {len(train):,} training, {len(corpus.valid):,} validation, {len(corpus.test):,} test",
         f"vocabulary: {tokenizer.target_size:,} subwords",
@@ -224,7 +230,7 @@ def _finish(
         draw_run(directory, drawer, (corpus.test or corpus.train)[:50])
     if not corpus.test:
         return {}
-    tokenize = bleu_tokenizer(config.data.target)
+    tokenize = bleu_tokenizer(languages_of(config.data)[1])
     scores, _ = evaluate_run(translator, corpus.test, tokenize=tokenize)
     return {"test": scores.to_json()}
 
@@ -323,7 +329,7 @@ def _validation(
     )
     shown = prepared.corpus.valid[: config.validation_sentences]
     greedy = dataclasses.replace(config.decoding, beams=1)
-    tokenize = bleu_tokenizer(config.data.target)
+    tokenize = bleu_tokenizer(languages_of(config.data)[1])
 
     def evaluate(params: Any) -> dict[str, float]:
         batches = data.eval_batches(

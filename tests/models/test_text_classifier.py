@@ -128,6 +128,8 @@ def test_a_word_that_is_left_out_is_neither_seen_nor_pooled(config):
         {"window": None},
         {"pooling": "mean"},
         {"pooling": "class_token"},
+        {"positions": False},
+        {"vector_stddev": 0.1},
         {"dtype": "bfloat16"},
     ],
 )
@@ -178,6 +180,7 @@ def test_the_three_presets_are_what_they_say():
     [
         ({"pooling": "max"}, "pooling must be one of"),
         ({"masking": 1.0}, r"masking must be in \[0, 1\)"),
+        ({"vector_stddev": 0.0}, "vector_stddev must be positive"),
         ({"window": 3}, "window must be even"),
     ],
 )
