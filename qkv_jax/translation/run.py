@@ -15,6 +15,7 @@ from qkv_jax import data, training
 from qkv_jax.data import BOS, EOS, EncodedPairs, Pair, SentenceTokenizer
 from qkv_jax.models import seq2seq
 from qkv_jax.training.losses import projected_cross_entropy
+from qkv_jax.translation import card
 from qkv_jax.translation.config import TranslationConfig, languages_of
 from qkv_jax.translation.evaluate import Scores, bleu_tokenizer, corpus_bleu, score
 from qkv_jax.translation.models import (
@@ -207,17 +208,18 @@ def make_task(config: TranslationConfig, mesh: jax.sharding.Mesh) -> training.Ta
         unit="target tokens",
         score_first=start is not None,
         save=save,
-        finish=lambda directory: _finish(config, directory, prepared.corpus, mesh),
+        finish=lambda directory: _finish(config, directory, prepared, mesh),
     )
 
 
 def _finish(
     config: TranslationConfig,
     directory: Path,
-    corpus: data.Corpus,
+    prepared: Prepared,
     mesh: jax.sharding.Mesh,
-) -> dict[str, Any]:
+) -> training.Outcome:
     """Draws the trained run, and scores it on the test part."""
+    corpus = prepared.corpus
     translator = load_run(directory, mesh=mesh)
     if jax.process_count() > 1:
         # The others do not draw, so nothing that is drawn may need their devices.
@@ -228,11 +230,22 @@ def _finish(
         drawer = translator
     if training.is_first():
         draw_run(directory, drawer, (corpus.test or corpus.train)[:50])
-    if not corpus.test:
-        return {}
-    tokenize = bleu_tokenizer(languages_of(config.data)[1])
-    scores, _ = evaluate_run(translator, corpus.test, tokenize=tokenize)
-    return {"test": scores.to_json()}
+    scores, sections, cut = None, [], 0
+    if corpus.test:
+        tokenize = bleu_tokenizer(languages_of(config.data)[1])
+        scores, found = evaluate_run(translator, corpus.test, tokenize=tokenize)
+        sections = card.tested(config, corpus.test, found, scores)
+        cut = translator.too_long([source for source, _ in corpus.test])
+    if training.is_first():
+        digest = prepared.tokenizer.digest
+        sections.append(card.limits(config, corpus, scores, cut))
+        sections.append(card.material(config, corpus, prepared.report, digest))
+    return training.Outcome(
+        results={} if scores is None else {"test": scores.to_json()},
+        summary=card.summary(config),
+        sections=sections,
+        front=card.front(config),
+    )
 
 
 def load_run(
