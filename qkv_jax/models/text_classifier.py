@@ -6,7 +6,7 @@ long text, whose words see a window around them and the class token, which sees 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import jax
@@ -15,6 +15,7 @@ from flax import nnx
 
 from qkv_jax.layers import (
     AddPositions,
+    AttentionKind,
     Embedding,
     EncoderBlock,
     Positions,
@@ -44,6 +45,7 @@ class Config:
         d_ff: F, of a block.
         window: even number of words that a word sees around it, besides the class token, which sees
             and is seen by all; None: every word sees all.
+        attention: the kind of attention of the blocks.
         pooling: which one vector stands for the text: that of the class token, the mean over its
             tokens, or their mean weighted by the attention of one learned query.
         positions: whether sinusoids are added to the words' vectors.
@@ -63,6 +65,7 @@ class Config:
     heads: int = 4
     d_ff: int = 256
     window: int | None = None
+    attention: AttentionKind = field(default_factory=AttentionKind)
     pooling: Pooling = "class_token"
     positions: bool = True
     vector_stddev: float = 1.0
@@ -88,6 +91,16 @@ class Config:
         if self.window is not None and (self.window < 0 or self.window % 2):
             raise ValueError(
                 f"window must be even, or None; got {self.window}: half of it is on each side."
+            )
+        if self.window is not None and not self.attention.takes_any_mask:
+            raise ValueError(
+                f"attention of the kind {self.attention.name!r} has no window: set it to None."
+            )
+        if not self.layers and self.attention != AttentionKind():
+            raise ValueError("attention is of blocks: layers must be positive.")
+        if any(not 0 <= layer < self.layers for layer in self.attention.layers or ()):
+            raise ValueError(
+                f"attention.layers must be of 0 .. {self.layers - 1}; got {self.attention.layers}."
             )
 
 
@@ -147,12 +160,16 @@ class Model(nnx.Module):
         self.blocks = nnx.List(
             EncoderBlock(
                 D,
-                attention={"heads": config.heads, "dtype": dtype},
+                attention={
+                    "heads": config.heads,
+                    "kind": config.attention.of_layer(i),
+                    "dtype": dtype,
+                },
                 feed_forward={"d_ff": config.d_ff, "activation": "gelu", **rates},
                 residual={"place": "pre", **rates},
                 rngs=rngs,
             )
-            for _ in range(config.layers)
+            for i in range(config.layers)
         )
         if not config.layers:
             self.qkv = QKVAttention(D, D, D, dtype=dtype, rngs=rngs)
@@ -181,7 +198,10 @@ class Model(nnx.Module):
         places = jnp.arange(tokens.shape[1])[None]
         x = self.positions(self.vectors(tokens), places, rng=rngs[0])
         there = (tokens != PAD).any(axis=2)
-        mask = who_sees_whom(there, self.config.window)
+        if self.config.attention.takes_any_mask:
+            mask = who_sees_whom(there, self.config.window)
+        else:
+            mask = masks.dense(there[:, None, None, :])
         if not self.blocks:
             x = dropout(self.qkv(x, x, x, mask=mask), self.config.dropout, rngs[1])
         for block, drawn in zip(self.blocks, rngs[3:]):

@@ -236,6 +236,7 @@ class TranslationConfig:
             )
         if self.init_from is None and self.languages != LanguageConfig():
             raise ValueError("languages are of the model of init_from: give it too.")
+        self._check_packing()
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(
                 f"label_smoothing must be in [0, 1); got {self.label_smoothing}."
@@ -256,6 +257,15 @@ class TranslationConfig:
             )
         # A warm-up that does not fit into the steps is an error before anything is written.
         make_schedule(self.optimizer, self.training.steps)
+
+    def _check_packing(self) -> None:
+        model = self.model
+        if self.text.packing and isinstance(model, seq2seq.Config) and not model.packs:
+            kinds = {model.encoder_attention.name, model.decoder_attention.name}
+            raise ValueError(
+                "text.packing needs attention that keeps the pairs of a row apart, and that is not "
+                f"{' or '.join(sorted(kinds - {'softmax'}))}: set text.packing to False."
+            )
 
     def task(self, mesh: Mesh) -> Task:
         """The corpus, the model and its loss on a mesh: see `translation.run.make_task`."""

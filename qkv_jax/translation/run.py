@@ -152,6 +152,9 @@ def make_loss(
             label_smoothing,
             LOSS_CHUNKS,
         )
+        penalty = model.penalty() if isinstance(model, seq2seq.Model) else None
+        if penalty is not None and rng is not None:
+            loss = loss + weights.sum() * penalty
         sums = {"loss_sum": loss, "nll_sum": nll, "correct_sum": correct}
         return loss, sums | {"tokens": weights.sum()}
 
