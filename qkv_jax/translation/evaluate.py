@@ -225,6 +225,7 @@ def comet_score(
         {"src": source, "mt": translation, "ref": reference}
         for source, translation, reference in zip(sources, translations, references)
     ]
+    # On the CPU: JAX has taken an accelerator's memory.
     found = comet.load_from_checkpoint(path).predict(rows, batch_size=8, gpus=0)
     return float(found.system_score)
 
