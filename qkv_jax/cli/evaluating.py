@@ -309,6 +309,8 @@ def _write_translations(
     output: Path | None, translations: Mapping[str, list[str]]
 ) -> None:
     """A file of one model's, or a directory with a file of each model's."""
+    from qkv_jax.translation.compare import short_names
+
     if output is None:
         return
     if len(translations) == 1:
@@ -318,9 +320,10 @@ def _write_translations(
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{output} cannot be made: {error.strerror}") from error
+    shown = short_names(list(translations))
     for name, lines in translations.items():
-        file = re.sub(r"[^\w.-]+", "_", name).strip("_.") or "translations"
-        write_lines(output / f"{file}.txt", lines)
+        file = re.sub(r"[^\w.-]+", "_", shown[name]).strip("_.") or "translations"
+        write_lines(output / f"{file.removesuffix('.txt')}.txt", lines)
 
 
 def _show_scores(found: Measured) -> None:
