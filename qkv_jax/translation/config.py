@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from qkv_jax.data import Filters, HomeAssistantData, HubData, ParallelData
 from qkv_jax.decoding import LengthPenalty, gnmt, power
 from qkv_jax.models import recurrent, seq2seq
+from qkv_jax.models.seq2seq_config import RATES
 from qkv_jax.training import (
     DistributedConfig,
     FinetuneConfig,
@@ -189,6 +190,10 @@ class TranslationConfig:
         model: sizes of the Transformer, or of the recurrent model; its vocabulary is the tokeniser's. With init_from, only
             its dropout rates, dtype and context count.
         label_smoothing: share of the target distribution spread over all subwords.
+        r_drop: alpha of R-Drop: each training pair goes through the model twice, under two
+            dropouts, and is trained on half the sum of both losses and of alpha / 2 times both
+            divergences of what they predict (half of Liang et al. 2021, arXiv 2106.14448,
+            equation 4: losses stay comparable). An update costs twice as much. 0: none.
         optimizer, training, mesh: how it is trained, and on which devices.
         validation_sentences: validation pairs translated greedily at each evaluation, for the
             metric "bleu"; 0: none, and the validation loss decides.
@@ -208,6 +213,7 @@ class TranslationConfig:
         | Annotated[recurrent.Config, tyro.conf.subcommand("recurrent")]
     ) = field(default_factory=seq2seq.tiny)
     label_smoothing: float = 0.1
+    r_drop: float = 0.0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -227,6 +233,12 @@ class TranslationConfig:
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(
                 f"label_smoothing must be in [0, 1); got {self.label_smoothing}."
+            )
+        if not (math.isfinite(self.r_drop) and self.r_drop >= 0.0):
+            raise ValueError(f"r_drop must not be negative; got {self.r_drop}.")
+        if self.r_drop and not any(getattr(self.model, name, 0) for name in RATES):
+            raise ValueError(
+                "r_drop compares two dropouts, and the model has none: give model.dropout."
             )
         if self.training.metric not in METRICS:
             raise ValueError(

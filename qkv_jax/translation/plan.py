@@ -49,7 +49,7 @@ def plan_run(config: TranslationConfig) -> Plan:
     except ValueError as error:
         raise training.RunError(f"mesh: {error}") from error
     step = training.make_train_step(
-        make_loss(model, config.label_smoothing),
+        make_loss(model, config.label_smoothing, r_drop=config.r_drop),
         optimizer,
         mesh=mesh,
         accumulate=config.training.accumulate,
@@ -73,7 +73,10 @@ def plan_run(config: TranslationConfig) -> Plan:
         batch,
         tokens=rows * text.max_target,
         flops=seq2seq.train_flops(
-            model, rows=rows, source=text.max_source, target=text.max_target
+            model,
+            rows=2 * rows if config.r_drop else rows,
+            source=text.max_source,
+            target=text.max_target,
         ),
         dtype=model.dtype,
     )

@@ -115,6 +115,7 @@ def make_loss(
     config: ModelConfig,
     label_smoothing: float,
     *,
+    r_drop: float = 0.0,
     start: int = BOS,
     eos: int = EOS,
 ) -> training.step.LossFn:
@@ -123,11 +124,16 @@ def make_loss(
     Args:
         config: of the model.
         label_smoothing: share of the target distribution spread over all subwords.
+        r_drop: alpha of R-Drop; not 0: where there is dropout, each row goes through the model
+            twice, and sums are means of both.
         start, eos: ids that targets start from and end with.
     """
     graph = model_graph(config)
 
     def loss_fn(params, batch, rng):
+        twice = rng is not None and r_drop > 0.0
+        if twice:
+            batch = {name: _twice(array) for name, array in batch.items()}
         model, target = nnx.merge(graph, params), batch["target"]
         shifted = shift(target, start)
         segments = None
@@ -138,17 +144,26 @@ def make_loss(
             shifted = jnp.where(shifted == eos, start, shifted)
         states = model.states(batch["source"], shifted, segments=segments, rng=rng)
         weights = (target != config.pad).astype(jnp.float32)
+        if twice:
+            weights = 0.5 * weights
         loss, nll, correct = projected_cross_entropy(
             *model.projection(states),
             target,
             weights,
             label_smoothing,
-            LOSS_CHUNKS,
+            2 * LOSS_CHUNKS if twice else LOSS_CHUNKS,
+            r_drop if twice else 0.0,
         )
         sums = {"loss_sum": loss, "nll_sum": nll, "correct_sum": correct}
         return loss, sums | {"tokens": weights.sum()}
 
     return loss_fn
+
+
+def _twice(array: jax.Array) -> jax.Array:
+    """(B, ...) -> (2 B, ...), each row and its copy side by side, on the devices it is on."""
+    pairs = jnp.broadcast_to(array[:, None], (len(array), 2, *array.shape[1:]))
+    return pairs.reshape(-1, *array.shape[1:])
 
 
 def make_task(config: TranslationConfig, mesh: jax.sharding.Mesh) -> training.Task:
@@ -290,7 +305,11 @@ def _loss(
     config: TranslationConfig, model: ModelConfig, tokenizer: SentenceTokenizer
 ) -> training.step.LossFn:
     return make_loss(
-        model, config.label_smoothing, start=tokenizer.start, eos=tokenizer.eos
+        model,
+        config.label_smoothing,
+        r_drop=config.r_drop,
+        start=tokenizer.start,
+        eos=tokenizer.eos,
     )
 
 
