@@ -34,6 +34,12 @@ class TextConfig:
     Attributes:
         vocabulary: subwords, shared by both languages.
         tokenizer: SentencePiece's model type.
+        sampling: alpha: training pairs are segmented anew in every epoch. Of BPE, the share of
+            merges left out (BPE-dropout, 0.1 in its paper); of a unigram model, the power of a
+            segmentation's probability (subword regularisation, 0.1 to 0.5), see
+            `Tokenizer.sample`. Validation and test text is never sampled. None: it is not.
+        sampling_nbest: of a unigram model, how many of the best segmentations are drawn from;
+            -1: all.
         filters: which training pairs are left out.
         batch_tokens: target tokens of an update, padding included.
         batch_source_tokens: the same for the source; None: no such limit.
@@ -47,6 +53,8 @@ class TextConfig:
 
     vocabulary: int = 8000
     tokenizer: Literal["unigram", "bpe"] = "unigram"
+    sampling: float | None = None
+    sampling_nbest: int = -1
     filters: Filters = field(default_factory=Filters)
     batch_tokens: int = 4096
     batch_source_tokens: int | None = None
@@ -66,6 +74,21 @@ class TextConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
+        self._check_sampling()
+
+    def _check_sampling(self) -> None:
+        alpha, nbest, bpe = self.sampling, self.sampling_nbest, self.tokenizer == "bpe"
+        if alpha is not None and not 0.0 < alpha < (1.0 if bpe else math.inf):
+            allowed = "in (0, 1) for 'bpe'" if bpe else "positive"
+            raise ValueError(f"sampling must be {allowed}, or None; got {alpha}.")
+        if nbest == -1:
+            return
+        if alpha is None or bpe:
+            raise ValueError(
+                "sampling_nbest is of sampling with the tokenizer 'unigram': leave it at -1."
+            )
+        if not 2 <= nbest <= 512:
+            raise ValueError(f"sampling_nbest must be 2 to 512, or -1; got {nbest}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from qkv_jax import data, training
@@ -81,9 +82,14 @@ def prepare(
             model_type=text.tokenizer,
         )
     pairs = data.encode_pairs(train, tokenizer)
+    resample = _sampler(config, train, tokenizer)
+    lengths = [side.lengths for side in pairs]
+    if resample is not None:
+        # The longest row holds whatever it would without sampling.
+        drawn = zip(resample(0), lengths)
+        lengths = [np.append(side.lengths, usual.max()) for side, usual in drawn]
     buckets = data.choose_buckets(
-        pairs.source.lengths,
-        pairs.target.lengths,
+        *lengths,
         count=text.buckets,
         max_source=text.max_source,
         max_target=text.max_target,
@@ -98,6 +104,7 @@ def prepare(
         packing=text.packing,
         seed=config.training.seed,
         share=share,
+        resample=resample,
     )
     report = [] if corpus.report is None else [f"corpus: {corpus.report}"]
     report += [
@@ -108,6 +115,26 @@ def prepare(
     ]
     return Prepared(
         corpus, tokenizer, stream, data.encode_pairs(corpus.valid, tokenizer), report
+    )
+
+
+def _sampler(
+    config: TranslationConfig, pairs: Sequence[Pair], tokenizer: SentenceTokenizer
+) -> data.SubwordSampler | None:
+    text = config.text
+    if text.sampling is None:
+        return None
+    if not isinstance(tokenizer, data.Tokenizer):
+        raise data.DataError(
+            f"text.sampling draws from the SentencePiece model of a run; {config.init_from} has a "
+            "published tokeniser: use --text.sampling None"
+        )
+    return data.SubwordSampler(
+        pairs,
+        tokenizer,
+        alpha=text.sampling,
+        nbest=text.sampling_nbest,
+        seed=config.training.seed,
     )
 
 
