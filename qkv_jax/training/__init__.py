@@ -21,11 +21,13 @@ from qkv_jax.training.errors import RunError as RunError
 from qkv_jax.training.loop import BatchIterator as BatchIterator
 from qkv_jax.training.loop import TrainingConfig as TrainingConfig
 from qkv_jax.training.loop import TrainResult as TrainResult
+from qkv_jax.training.loop import check_optimizer as check_optimizer
 from qkv_jax.training.loop import train as train
 from qkv_jax.training.metrics import MetricsWriter as MetricsWriter
 from qkv_jax.training.metrics import RateMeter as RateMeter
 from qkv_jax.training.metrics import read_metrics as read_metrics
 from qkv_jax.training.optimizers import OptimizerConfig as OptimizerConfig
+from qkv_jax.training.optimizers import averaged_params as averaged_params
 from qkv_jax.training.optimizers import make_optimizer as make_optimizer
 from qkv_jax.training.optimizers import make_schedule as make_schedule
 from qkv_jax.training.plain import from_plain as from_plain

@@ -19,8 +19,8 @@ from qkv_jax.training import (
     RunConfig,
     Task,
     TrainingConfig,
+    check_optimizer,
     from_plain,
-    make_schedule,
     to_plain,
 )
 
@@ -278,7 +278,7 @@ class TranslationConfig:
                 f"got {self.validation_sentences}."
             )
         # A warm-up that does not fit into the steps is an error before anything is written.
-        make_schedule(self.optimizer, self.training.steps)
+        check_optimizer(self.optimizer, self.training)
 
     def task(self, mesh: Mesh) -> Task:
         """The corpus, the model and its loss on a mesh: see `translation.run.make_task`."""

@@ -43,7 +43,7 @@ def plan_run(config: TranslationConfig) -> Plan:
             optimizer,
             mesh=mesh,
             rng_impl=config.training.rng_impl,
-            ema=config.training.ema_decay is not None,
+            ema=config.training.ema_decay is not None or config.optimizer.averages,
             finetune=config.finetune,
         )
     except ValueError as error:
@@ -54,6 +54,7 @@ def plan_run(config: TranslationConfig) -> Plan:
         mesh=mesh,
         accumulate=config.training.accumulate,
         ema_decay=config.training.ema_decay,
+        averaged=training.averaged_params if config.optimizer.averages else None,
         rng_impl=config.training.rng_impl,
         finetune=config.finetune,
     )
