@@ -15,6 +15,7 @@ USAGE = f"""usage: {PROGRAM} COMMAND ...
   train FILE [OPTIONS]           train the CONFIG of an experiment file; run again to resume
                                  (--init-from MODEL: fine-tune; --debug-nans: stop at the
                                  operation that makes a NaN)
+  find-lr FILE [OPTIONS]         try learning rates on the CONFIG's data and model, and draw the loss
   evaluate MODEL [OPTIONS]       BLEU and chrF of a model on held-out text; a task's own metrics
   translate MODEL [TEXT ...]     translate arguments, a file, or standard input
   score MODEL [OPTIONS]          log-probabilities that a model gives to translations
@@ -31,6 +32,7 @@ A MODEL is the directory of a run, of an imported or published model, or a name 
 # The module of each command, imported when it is called; its function has the command's name.
 COMMANDS = {
     "train": "training",
+    "find-lr": "training",
     "evaluate": "translating",
     "translate": "translating",
     "score": "translating",
@@ -60,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if whole_process:
             keep_programs(cache_directory() / "programs")
         module = importlib.import_module(f"qkv_jax.cli.{COMMANDS[name]}")
-        getattr(module, name if name != "import" else "import_model")(arguments[1:])
+        function = {"import": "import_model", "find-lr": "find_lr"}.get(name, name)
+        getattr(module, function)(arguments[1:])
     except (UsageError, DataError, InteropError, RunError, FloatingPointError) as error:
         # FloatingPointError: --debug-nans.
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)

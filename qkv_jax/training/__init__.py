@@ -33,6 +33,9 @@ from qkv_jax.training.optimizers import make_schedule as make_schedule
 from qkv_jax.training.plain import from_plain as from_plain
 from qkv_jax.training.plain import to_plain as to_plain
 from qkv_jax.training.programs import keep_programs as keep_programs
+from qkv_jax.training.rates import RateCurve as RateCurve
+from qkv_jax.training.rates import RateRange as RateRange
+from qkv_jax.training.rates import find_rate as find_rate
 from qkv_jax.training.runs import RunConfig as RunConfig
 from qkv_jax.training.runs import finish_run as finish_run
 from qkv_jax.training.runs import is_finished as is_finished
