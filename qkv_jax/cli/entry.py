@@ -16,8 +16,10 @@ USAGE = f"""usage: {PROGRAM} COMMAND ...
                                  (--init-from MODEL: fine-tune; --debug-nans: stop at the
                                  operation that makes a NaN)
   find-lr FILE [OPTIONS]         try learning rates on the CONFIG's data and model, and draw the loss
-  evaluate MODEL [OPTIONS]       BLEU and chrF of a model on held-out text; a task's own metrics
+  evaluate MODEL... [OPTIONS]    BLEU, chrF, TER of models on held-out text; a task's own metrics
+  compare A B... [OPTIONS]       which differences from the first are real: paired tests, sentences
   translate MODEL [TEXT ...]     translate arguments, a file, or standard input
+  back-translate MODEL [OPTIONS] training pairs from text in the target language alone
   score MODEL [OPTIONS]          log-probabilities that a model gives to translations
   plot RUN [OPTIONS]             draw a run's curves and attention
   plan FILE [OPTIONS]            memory, traffic and time of a step on a mesh, before it is rented
@@ -33,8 +35,10 @@ A MODEL is the directory of a run, of an imported or published model, or a name 
 COMMANDS = {
     "train": "training",
     "find-lr": "training",
-    "evaluate": "translating",
+    "evaluate": "evaluating",
+    "compare": "evaluating",
     "translate": "translating",
+    "back-translate": "back_translation",
     "score": "translating",
     "plot": "translating",
     "plan": "training",
@@ -62,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if whole_process:
             keep_programs(cache_directory() / "programs")
         module = importlib.import_module(f"qkv_jax.cli.{COMMANDS[name]}")
-        function = {"import": "import_model", "find-lr": "find_lr"}.get(name, name)
+        function = name.replace("-", "_") if name != "import" else "import_model"
         getattr(module, function)(arguments[1:])
     except (UsageError, DataError, InteropError, RunError, FloatingPointError) as error:
         # FloatingPointError: --debug-nans.

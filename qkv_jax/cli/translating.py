@@ -1,4 +1,4 @@
-"""Commands that use a model: translate, evaluate, score, plot."""
+"""Commands that use a model: translate, score, plot."""
 
 import json
 import math
@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from qkv_jax.cli.options import (
-    Evaluate,
     Plot,
     Score,
     Translate,
-    checkpoint_of,
+    check_language,
     load_model,
 )
 from qkv_jax.cli.parsing import (
@@ -32,68 +31,6 @@ OVERLONG = {
 }
 
 
-def evaluate(arguments: list[str]) -> None:
-    options = parse("evaluate", Evaluate, arguments)
-    from qkv_jax.data import read_pairs
-    from qkv_jax.tasks import is_task
-    from qkv_jax.translation import evaluate_run, is_run, read_run
-
-    if is_task(options.model):
-        _evaluate_task(options)
-        return
-    if (options.source is None) != (options.reference is None):
-        raise UsageError("--source and --reference go together")
-    translator = load_model(options)
-    if options.source is None and not is_run(options.model):
-        raise UsageError(
-            f"{options.model} is no run, which has a corpus: give --source and --reference"
-        )
-    if options.source is not None:
-        pairs = read_pairs(options.source, options.reference)
-    else:
-        pairs = getattr(read_run(options.model).data.load(), options.split)
-    if not pairs:
-        raise UsageError(
-            f"the run's corpus has no {options.split} part: give --source and --reference"
-        )
-    scores, translations = evaluate_run(translator, pairs)
-    if options.output is not None:
-        write_lines(options.output, translations)
-    if options.json:
-        print(json.dumps(scores.to_json()))
-        return
-    for name, signature in scores.signatures.items():
-        print(f"{name:>20} {getattr(scores, name):6.2f}   {signature}")
-    print(
-        f"{'length_ratio':>20} {scores.length_ratio:6.3f}   {len(pairs):,} sentences in batches "
-        f"of {len(translator.shapes)} shapes"
-    )
-
-
-def _evaluate_task(options: Evaluate) -> None:
-    """Metrics of a run that learned from examples, on a part of its data."""
-    from qkv_jax.tasks import load_task
-
-    free = ("model", "split", "checkpoint", "json")
-    default = Evaluate(model=options.model)
-    for name, value in vars(options).items():
-        if name not in free and value != getattr(default, name):
-            option = name.replace("_", "-")
-            raise UsageError(
-                f"--{option} is of translation, and {options.model} does none"
-            )
-    trained = load_task(options.model, checkpoint=checkpoint_of(options.checkpoint))
-    arrays = getattr(trained.splits, options.split)
-    if not arrays:
-        raise UsageError(f"the run's data has no {options.split} part")
-    values = trained.evaluate(arrays)
-    if options.json:
-        print(json.dumps(values))
-        return
-    for name, value in values.items():
-        print(f"{name:>20} {value:.4f}")
-
-
 def translate(arguments: list[str]) -> None:
     options = parse("translate", Translate, arguments)
     from qkv_jax.translation import Wishes
@@ -111,6 +48,7 @@ def translate(arguments: list[str]) -> None:
         and [[part for part in line.split("\t") if part.strip()] for line in phrases],
         banned=options.banned,
     )
+    check_language(options)
     translator = load_model(options, n_best=options.n_best)
     found = translator(
         sentences, n_best=options.n_best, align=options.align, wishes=wishes
@@ -124,6 +62,7 @@ def score(arguments: list[str]) -> None:
     options = parse("score", Score, arguments)
     from qkv_jax.data import read_pairs
 
+    check_language(options)
     translator = load_model(options)
     pairs = read_pairs(options.source, options.target)
     found = translator.score(pairs)

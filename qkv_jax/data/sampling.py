@@ -1,7 +1,8 @@
 """Training pairs whose segmentation into subwords is another one in every epoch."""
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -21,6 +22,7 @@ class SubwordSampler:
         tokenizer: of both sides.
         alpha, nbest: see `Tokenizer.sample`.
         seed: of all epochs.
+        symbols: words that stand whole where sentences begin with them, such as tags.
     """
 
     pairs: Sequence[Pair]
@@ -28,6 +30,7 @@ class SubwordSampler:
     alpha: float
     nbest: int = -1
     seed: int = 0
+    symbols: Collection[str] = ()
 
     def __call__(self, epoch: int) -> EncodedPairs:
         """Return the pairs as token ids."""
@@ -35,10 +38,23 @@ class SubwordSampler:
 
     def _side(self, epoch: int, side: int) -> Sentences:
         seeds = np.random.SeedSequence((self.seed, epoch, side))
-        ids = self.tokenizer.sample(
-            [pair[side] for pair in self.pairs],
+        tags, texts = zip(*(self._parts(pair[side]) for pair in self.pairs))
+        drawn = self.tokenizer.sample(
+            texts,
             alpha=self.alpha,
             nbest=self.nbest,
             seed=int(seeds.generate_state(1)[0]) // 2,
         )
-        return Sentences.from_lists(ids)
+        first = () if side else self.tokenizer.source_beginning
+        last = (self.tokenizer.eos,)
+        return Sentences.from_lists(
+            [*first, *whole, *ids, *last]
+            for whole, ids in zip(self.tokenizer.encode(tags), drawn)
+        )
+
+    def _parts(self, sentence: str) -> tuple[str, str]:
+        """The symbols that a sentence begins with, and its text."""
+        words = sentence.split(" ")
+        text = itertools.dropwhile(lambda word: word in self.symbols, words)
+        tags = itertools.takewhile(lambda word: word in self.symbols, words)
+        return " ".join(tags), " ".join(text)

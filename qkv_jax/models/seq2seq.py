@@ -150,16 +150,15 @@ class Model(nnx.Module):
             else None
         )
         self.source_positions, self.target_positions = positions(), positions()
-        encoder, decoder = _kinds(config, "encoder"), _kinds(config, "decoder")
-        self.encoder_bias = bias(encoder["attention"]["heads"])
-        self.decoder_bias = bias(decoder["attention"]["heads"])
+        self.encoder_bias = bias(config.side("encoder")[0])
+        self.decoder_bias = bias(config.side("decoder")[0])
         self.encoder = nnx.List(
-            EncoderBlock(config.d_model, **encoder, rngs=rngs)
-            for _ in range(config.encoder_layers)
+            EncoderBlock(config.d_model, **_kinds(config, "encoder", i), rngs=rngs)
+            for i in range(config.encoder_layers)
         )
         self.decoder = nnx.List(
-            DecoderBlock(config.d_model, **decoder, rngs=rngs)
-            for _ in range(config.decoder_layers)
+            DecoderBlock(config.d_model, **_kinds(config, "decoder", i), rngs=rngs)
+            for i in range(config.decoder_layers)
         )
         self.encoder_norm = norm() if config.norm == "pre" else None
         self.decoder_norm = norm() if config.norm == "pre" else None
@@ -298,6 +297,19 @@ class Model(nnx.Module):
         """The table whose rows score the classes."""
         return self.target_embedding if self.output is None else self.output
 
+    def penalty(self) -> Array | None:
+        """What is added to the loss a token for looking far; None: nothing is."""
+        terms = []
+        for kind, blocks in (
+            (self.config.encoder_attention, self.encoder),
+            (self.config.decoder_attention, self.decoder),
+        ):
+            if kind.name == "adaptive_span" and kind.option("penalty"):
+                layers = [b.attention for b in blocks if hasattr(b.attention, "span")]
+                shares = jnp.stack([layer.span_share() for layer in layers])
+                terms.append(kind.option("penalty") * shares.mean())
+        return sum(terms[1:], terms[0]) if terms else None
+
     def attention_layers(self) -> dict[str, MultiHeadAttention]:
         """All attention layers by name: "encoder.0.attention", "decoder.1.cross", ..."""
         layers = {
@@ -382,8 +394,10 @@ def _positions(tokens: Array, segments: Array | None) -> Array:
     return segment_positions(segments)
 
 
-def _kinds(config: Config, side: Literal["encoder", "decoder"]) -> dict[str, Any]:
-    """The arguments of a side's sublayers."""
+def _kinds(
+    config: Config, side: Literal["encoder", "decoder"], layer: int
+) -> dict[str, Any]:
+    """The arguments of a layer's sublayers."""
     heads, kv_heads, size, width = config.side(side)
     dtype = jnp.dtype(config.dtype)
     return {
@@ -395,6 +409,7 @@ def _kinds(config: Config, side: Literal["encoder", "decoder"]) -> dict[str, Any
             "bias": config.bias,
             "dropout_rate": config.attention_dropout,
             "context": config.context,
+            "kind": config.kind(side).of_layer(layer),
             "dtype": dtype,
         },
         "feed_forward": {

@@ -2,12 +2,19 @@
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from jax.sharding import Mesh
 
-from qkv_jax.data import Filters, HomeAssistantData, HubData, ParallelData
+from qkv_jax.data import (
+    Filters,
+    HomeAssistantData,
+    HubData,
+    MultilingualData,
+    ParallelData,
+)
 from qkv_jax.decoding import LengthPenalty, gnmt, power
 from qkv_jax.models import recurrent, seq2seq
 from qkv_jax.models.seq2seq_config import RATES
@@ -24,6 +31,7 @@ from qkv_jax.training import (
     to_plain,
 )
 
+Data = ParallelData | HomeAssistantData | HubData | MultilingualData
 METRICS = {"loss": "min", "nll": "min", "correct": "max", "bleu": "max"}
 
 
@@ -41,6 +49,9 @@ class TextConfig:
         sampling_nbest: of a unigram model, how many of the best segmentations are drawn from;
             -1: all.
         filters: which training pairs are left out.
+        back_translated: file of further training pairs whose source a model made, as
+            `qkv-jax back-translate` writes it: each source gets a tag, so that the model can tell
+            (Caswell et al. 2019, arXiv 1906.06442); None: none.
         batch_tokens: target tokens of an update, padding included.
         batch_source_tokens: the same for the source; None: no such limit.
         buckets: static batch shapes, hence compilations of the step.
@@ -56,6 +67,7 @@ class TextConfig:
     sampling: float | None = None
     sampling_nbest: int = -1
     filters: Filters = field(default_factory=Filters)
+    back_translated: Path | None = None
     batch_tokens: int = 4096
     batch_source_tokens: int | None = None
     buckets: int = 8
@@ -225,7 +237,7 @@ class TranslationConfig:
         distributed: how its processes find each other.
     """
 
-    data: ParallelData | HomeAssistantData | HubData
+    data: Data
     init_from: str | None = None
     languages: LanguageConfig = field(default_factory=LanguageConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
@@ -253,6 +265,7 @@ class TranslationConfig:
             )
         if self.init_from is None and self.languages != LanguageConfig():
             raise ValueError("languages are of the model of init_from: give it too.")
+        self._check_packing()
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(
                 f"label_smoothing must be in [0, 1); got {self.label_smoothing}."
@@ -280,6 +293,15 @@ class TranslationConfig:
         # A warm-up that does not fit into the steps is an error before anything is written.
         check_optimizer(self.optimizer, self.training)
 
+    def _check_packing(self) -> None:
+        model = self.model
+        if self.text.packing and isinstance(model, seq2seq.Config) and not model.packs:
+            kinds = {model.encoder_attention.name, model.decoder_attention.name}
+            raise ValueError(
+                "text.packing needs attention that keeps the pairs of a row apart, and that is not "
+                f"{' or '.join(sorted(kinds - {'softmax'}))}: set text.packing to False."
+            )
+
     def task(self, mesh: Mesh) -> Task:
         """The corpus, the model and its loss on a mesh: see `translation.run.make_task`."""
         from qkv_jax.translation.run import make_task
@@ -303,3 +325,14 @@ class TranslationConfig:
             ValueError, TypeError, KeyError: it made no such content.
         """
         return from_plain(cls, content)
+
+
+def languages_of(data: Data) -> tuple[str | None, str | None]:
+    """The source and the target language of a corpus; None: it has several."""
+    if not isinstance(data, MultilingualData):
+        return data.source, data.target
+    sources = {source for source, _ in data.pairs}
+    return (
+        sources.pop() if len(sources) == 1 else None,
+        data.targets[0] if len(data.targets) == 1 else None,
+    )

@@ -16,8 +16,9 @@ from qkv_jax import data, training
 from qkv_jax.data import BOS, EOS, EncodedPairs, Pair, SentenceTokenizer
 from qkv_jax.models import seq2seq
 from qkv_jax.training.losses import projected_cross_entropy
-from qkv_jax.translation.config import TranslationConfig
-from qkv_jax.translation.evaluate import Scores, score
+from qkv_jax.translation import card
+from qkv_jax.translation.config import TranslationConfig, languages_of
+from qkv_jax.translation.evaluate import Scores, bleu_tokenizer, corpus_bleu, score
 from qkv_jax.translation.models import (
     ModelConfig,
     check_mesh,
@@ -70,7 +71,11 @@ def prepare(
         DataError: the text cannot be read, or nothing is left of it.
     """
     text, corpus = config.text, config.data.load()
-    train, filtered = data.filter_pairs(corpus.train, text.filters)
+    made, symbols = [], list(corpus.symbols)
+    if text.back_translated is not None:
+        made = data.tagged(data.BACK_TRANSLATED, data.read_pairs(text.back_translated))
+        symbols.append(data.BACK_TRANSLATED)
+    train, filtered = data.filter_pairs(corpus.train + made, text.filters)
     if not train:
         raise data.DataError(
             f"no training pair is left ({filtered}): loosen text.filters, or use other text"
@@ -80,9 +85,10 @@ def prepare(
             [side for pair in train for side in pair],
             vocab_size=text.vocabulary,
             model_type=text.tokenizer,
+            symbols=symbols,
         )
     pairs = data.encode_pairs(train, tokenizer)
-    resample = _sampler(config, train, tokenizer)
+    resample = _sampler(config, train, tokenizer, symbols)
     lengths = [side.lengths for side in pairs]
     if resample is not None:
         # The longest row holds whatever it would without sampling.
@@ -108,6 +114,7 @@ def prepare(
     )
     report = [] if corpus.report is None else [f"corpus: {corpus.report}"]
     report += [
+        *([f"back-translated: {len(made):,} pairs"] if made else []),
         f"filters: {filtered}",
         f"parts: {len(train):,} training, {len(corpus.valid):,} validation, {len(corpus.test):,} test",
         f"vocabulary: {tokenizer.target_size:,} subwords",
@@ -119,7 +126,10 @@ def prepare(
 
 
 def _sampler(
-    config: TranslationConfig, pairs: Sequence[Pair], tokenizer: SentenceTokenizer
+    config: TranslationConfig,
+    pairs: Sequence[Pair],
+    tokenizer: SentenceTokenizer,
+    symbols: Sequence[str],
 ) -> data.SubwordSampler | None:
     text = config.text
     if text.sampling is None:
@@ -135,6 +145,7 @@ def _sampler(
         alpha=text.sampling,
         nbest=text.sampling_nbest,
         seed=config.training.seed,
+        symbols=symbols,
     )
 
 
@@ -181,6 +192,9 @@ def make_loss(
             2 * LOSS_CHUNKS if twice else LOSS_CHUNKS,
             r_drop if twice else 0.0,
         )
+        penalty = model.penalty() if isinstance(model, seq2seq.Model) else None
+        if penalty is not None and rng is not None:
+            loss = loss + weights.sum() * penalty
         sums = {"loss_sum": loss, "nll_sum": nll, "correct_sum": correct}
         return loss, sums | {"tokens": weights.sum()}
 
@@ -243,14 +257,18 @@ def make_task(config: TranslationConfig, mesh: jax.sharding.Mesh) -> training.Ta
         unit="target tokens",
         score_first=start is not None,
         save=save,
-        finish=lambda directory: _finish(directory, prepared.corpus, mesh),
+        finish=lambda directory: _finish(config, directory, prepared, mesh),
     )
 
 
 def _finish(
-    directory: Path, corpus: data.Corpus, mesh: jax.sharding.Mesh
-) -> dict[str, Any]:
+    config: TranslationConfig,
+    directory: Path,
+    prepared: Prepared,
+    mesh: jax.sharding.Mesh,
+) -> training.Outcome:
     """Draws the trained run, and scores it on the test part."""
+    corpus = prepared.corpus
     translator = load_run(directory, mesh=mesh)
     if jax.process_count() > 1:
         # The others do not draw, so nothing that is drawn may need their devices.
@@ -261,10 +279,22 @@ def _finish(
         drawer = translator
     if training.is_first():
         draw_run(directory, drawer, (corpus.test or corpus.train)[:50])
-    if not corpus.test:
-        return {}
-    scores, _ = evaluate_run(translator, corpus.test)
-    return {"test": scores.to_json()}
+    scores, sections, cut = None, [], 0
+    if corpus.test:
+        tokenize = bleu_tokenizer(languages_of(config.data)[1])
+        scores, found = evaluate_run(translator, corpus.test, tokenize=tokenize)
+        sections = card.tested(config, corpus.test, found, scores)
+        cut = translator.too_long([source for source, _ in corpus.test])
+    if training.is_first():
+        digest = prepared.tokenizer.digest
+        sections.append(card.limits(config, corpus, scores, cut))
+        sections.append(card.material(config, corpus, prepared.report, digest))
+    return training.Outcome(
+        results={} if scores is None else {"test": scores.to_json()},
+        summary=card.summary(config),
+        sections=sections,
+        front=card.front(config),
+    )
 
 
 def load_run(
@@ -291,11 +321,19 @@ def load_run(
 
 
 def evaluate_run(
-    translator: Translator, pairs: Sequence[Pair]
+    translator: Translator, pairs: Sequence[Pair], *, tokenize: str | None = None
 ) -> tuple[Scores, list[str]]:
-    """Scores of a model on (source, reference) pairs, and its translations."""
-    translations = [best[0].text for best in translator([pair[0] for pair in pairs])]
-    return score(translations, [pair[1] for pair in pairs]), translations
+    """Scores of a model on (source, reference) pairs, and its translations.
+
+    Args:
+        translator: the model.
+        pairs: at least one.
+        tokenize: of BLEU, see `make_metrics`.
+    """
+    sources, references = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    translations = [best[0].text for best in translator(sources)]
+    found = score(translations, references, sources=sources, tokenize=tokenize)
+    return found, translations
 
 
 def draw_run(directory: Path, translator: Translator, pairs: Sequence[Pair]) -> None:
@@ -357,6 +395,7 @@ def _validation(
     )
     shown = prepared.corpus.valid[: config.validation_sentences]
     greedy = dataclasses.replace(config.decoding, beams=1)
+    tokenize = bleu_tokenizer(languages_of(config.data)[1])
 
     def evaluate(params: Any) -> dict[str, float]:
         batches = data.eval_batches(
@@ -377,7 +416,8 @@ def _validation(
                 decoding=greedy,
                 mesh=mesh,
             )
-            means["bleu"] = evaluate_run(translator, shown)[0].bleu
+            found = [best[0].text for best in translator([pair[0] for pair in shown])]
+            means["bleu"] = corpus_bleu(found, [pair[1] for pair in shown], tokenize)
         return means
 
     return evaluate

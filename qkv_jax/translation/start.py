@@ -8,7 +8,13 @@ from typing import Any, NamedTuple
 import jax
 
 from qkv_jax import data, training
-from qkv_jax.data import SentenceTokenizer, Tokenizer, write_atomically
+from qkv_jax.data import (
+    MultilingualData,
+    SentenceTokenizer,
+    Tokenizer,
+    language_tag,
+    write_atomically,
+)
 from qkv_jax.interop import (
     InteropError,
     Pretrained,
@@ -86,7 +92,7 @@ def load_translator(
             "Helsinki-NLP/opus-mt-en-de".
         *more: models that decide with it, by the mean of their log-probabilities.
         checkpoint: of runs; see `load_run`.
-        languages: of published models for several.
+        languages: of models for several.
         n_best: translations of each sentence that will be asked for: where `decoding` does not
             say otherwise, at least so many beams are kept.
         mesh: see `Translator`.
@@ -124,12 +130,7 @@ def load_start(
 ) -> Start:
     """A run's, an imported or a published model; arguments as for `load_translator`."""
     if is_run(model):
-        if languages != NO_LANGUAGES:
-            raise training.RunError(
-                f"{model} is a run, whose languages are those it was trained with: "
-                "leave out the options of languages."
-            )
-        return _of_run(Path(model), checkpoint)
+        return _of_run(Path(model), checkpoint, languages)
     if is_marian_npz(model):
         raise training.RunError(
             f"{model} holds a model of the Marian toolkit: make it one of ours first, "
@@ -276,13 +277,17 @@ def save_start(start: Start, directory: Path) -> None:
         save_description(start.pretrained, directory / TOKENIZER)
 
 
-def _of_run(directory: Path, checkpoint: Checkpoint | None) -> Start:
+def _of_run(
+    directory: Path, checkpoint: Checkpoint | None, languages: LanguageConfig
+) -> Start:
     config = read_run(directory)
+    tag = _tag(directory, config, languages)
     pretrained = load_description(directory / TOKENIZER)
     tokenizer: SentenceTokenizer
     try:
         if pretrained is None:
-            tokenizer = Tokenizer.load(directory / TOKENIZER)
+            own = Tokenizer.load(directory / TOKENIZER)
+            tokenizer = own if tag is None else own.tagged(tag)
         else:
             tokenizer = published_tokenizer(
                 directory / TOKENIZER, pretrained, config.languages
@@ -300,3 +305,24 @@ def _of_run(directory: Path, checkpoint: Checkpoint | None) -> Start:
     if pretrained is not None and isinstance(model, seq2seq.Config):
         pretrained = dataclasses.replace(pretrained, config=model, params=params)
     return Start(model, params, tokenizer, config.decoding, pretrained)
+
+
+def _tag(
+    directory: Path, config: TranslationConfig, languages: LanguageConfig
+) -> str | None:
+    """What stands before every source, for a run to translate into the language asked for.
+
+    Raises:
+        RunError: it does not know the languages.
+    """
+    if languages == NO_LANGUAGES:
+        return None
+    known = f"{directory} is a run, whose languages are those it was trained with: "
+    if not isinstance(config.data, MultilingualData):
+        raise training.RunError(known + "leave out the options of languages.")
+    pairs, asked = config.data.pairs, (languages.source, languages.target)
+    fits = any(all(a in (None, b) for a, b in zip(asked, pair)) for pair in pairs)
+    if not fits or languages.prefix or languages.target is None:
+        ways = ", ".join(f"{source} to {target}" for source, target in pairs)
+        raise training.RunError(f"{known}choose a target language of {ways}.")
+    return language_tag(languages.target) if config.data.symbols else None

@@ -18,13 +18,14 @@ from qkv_jax.data import (
 )
 
 WORDS = ["walking", "talked", "singing", "walks", "talking", "sings", "walked", "song"]
+TAG = "<tag>"
 
 
 @pytest.fixture(scope="module")
 def pairs():
     rng = random.Random(3)
     lines = [" ".join(rng.choices(WORDS, k=rng.randint(1, 6))) for _ in range(120)]
-    return [(line, line.upper()) for line in lines]
+    return [(f"{TAG} {line}", line.upper()) for line in lines]
 
 
 @pytest.fixture(scope="module", params=["bpe", "unigram"])
@@ -33,6 +34,7 @@ def tokenizer(request, pairs, tmp_path_factory):
         [side for pair in pairs for side in pair],
         vocab_size=300,
         model_type=request.param,
+        symbols=[TAG],
         directory=tmp_path_factory.mktemp("tokenizers"),
     )
 
@@ -47,7 +49,7 @@ def make_stream(pairs, tokenizer, *, seed=0, **options):
         target_tokens=4 * longest,
         rows_multiple=2,
         seed=seed,
-        resample=SubwordSampler(pairs, tokenizer, 0.2, seed=seed),
+        resample=SubwordSampler(pairs, tokenizer, 0.2, seed=seed, symbols=[TAG]),
         **options,
     )
 
@@ -77,22 +79,36 @@ def equal(first, second):
 
 
 def test_a_draw_says_the_same_in_other_subwords_by_its_seed_alone(pairs, tokenizer):
-    sources = [pair[0] for pair in pairs]
-    plain = tokenizer.encode_source(sources)
+    sources = [pair[1] for pair in pairs]
+    plain = tokenizer.encode(sources)
     draws = [tokenizer.sample(sources, alpha=0.2, seed=seed) for seed in (1, 2, 1)]
     assert draws[0] == draws[2] != draws[1] != plain
     assert tokenizer.decode(draws[0]) == tokenizer.decode(draws[1]) == sources
-    assert tokenizer.encode_source(sources) == plain
+    assert tokenizer.encode(sources) == plain
     assert sum(map(len, draws[0])) > sum(map(len, plain))
 
 
 def test_the_best_of_few_segmentations_are_close_to_the_usual(pairs, tokenizer):
-    sources = [pair[0] for pair in pairs]
+    sources = [pair[1] for pair in pairs]
     few, all_ = (
         tokenizer.sample(sources, alpha=0.1, nbest=nbest, seed=1) for nbest in (2, -1)
     )
     if few != all_:  # of a unigram model alone
         assert sum(map(len, few)) < sum(map(len, all_))
+
+
+def test_tags_stand_whole_before_text_of_the_tokenizers_own_language(pairs, tokenizer):
+    tag = tokenizer.encode([TAG])[0]
+    tagged = SubwordSampler(pairs, tokenizer, 0.05, symbols=[TAG])(0)
+    for index in range(len(pairs)):
+        assert tagged.source[index][: len(tag)].tolist() == tag
+    untagged = [(pair[1], pair[1]) for pair in pairs]
+    drawn = SubwordSampler(untagged, tokenizer.tagged(TAG), 0.05)(0)
+    for side, beginning in zip(drawn, (tag, [])):
+        ids = [side[index].tolist() for index in range(len(pairs))]
+        assert all(row[: len(beginning)] == beginning for row in ids)
+        said = tokenizer.decode(row[len(beginning) :] for row in ids)
+        assert said == [pair[1] for pair in pairs]
 
 
 def test_epochs_are_drawn_by_seed_and_number_in_any_order(pairs, tokenizer):

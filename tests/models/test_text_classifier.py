@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from qkv_jax.layers import AttentionKind
 from qkv_jax.models import text_classifier
 from qkv_jax.models.text_classifier import PAD, Config, Model
 
@@ -16,6 +17,7 @@ KINDS = {
     "bert": SMALL,
     "plain": dataclasses.replace(SMALL, layers=0, pooling="mean"),
     "long": dataclasses.replace(SMALL, window=2, pooling="attention"),
+    "halting": dataclasses.replace(SMALL, halting=0.01, layers=4, pooling="mean"),
 }
 each = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 
@@ -128,6 +130,11 @@ def test_a_word_that_is_left_out_is_neither_seen_nor_pooled(config):
         {"window": None},
         {"pooling": "mean"},
         {"pooling": "class_token"},
+        {"positions": False},
+        {"halting": 0.1},
+        {"attention": AttentionKind(name="entmax")},
+        {"window": None, "attention": AttentionKind(name="linear")},
+        {"vector_stddev": 0.1},
         {"dtype": "bfloat16"},
     ],
 )
@@ -178,6 +185,15 @@ def test_the_three_presets_are_what_they_say():
     [
         ({"pooling": "max"}, "pooling must be one of"),
         ({"masking": 1.0}, r"masking must be in \[0, 1\)"),
+        ({"window": 2, "attention": AttentionKind(name="linear")}, "has no window"),
+        ({"layers": 0, "attention": AttentionKind(name="linear")}, "is of blocks"),
+        ({"attention": AttentionKind(layers=(3,))}, "attention.layers must be of"),
+        ({"halting": -1.0}, "halting must not be negative"),
+        (
+            {"halting": 0.1, "layers": 0},
+            "halting must not be negative, and needs layers",
+        ),
+        ({"vector_stddev": 0.0}, "vector_stddev must be positive"),
         ({"window": 3}, "window must be even"),
     ],
 )

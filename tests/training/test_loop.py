@@ -59,6 +59,8 @@ def test_two_steps_then_two_more_equal_four_bit_for_bit(tmp_path):
         tmp_path / "a", straight.state
     )
     assert iterator.position == 4
+    assert resumed.all_seconds > resumed.seconds > 0
+    assert resumed.tokens == straight.tokens > 0
     steps = [row["step"] for row in resumed.history if "train/loss" in row]
     assert steps == [1, 2, 3, 4]
 
@@ -212,6 +214,7 @@ def test_an_iterator_that_ends_is_an_error(tmp_path):
     [
         ({"steps": 0}, "steps must be at least 1"),
         ({"steps": 1, "keep": 2, "average": 3}, "average must not exceed keep"),
+        ({"steps": 900, "average": 2}, "average must not exceed the checkpoints"),
         ({"steps": 1, "mode": "best"}, "mode must be"),
         ({"steps": 1, "patience": 0}, "patience must be"),
         ({"steps": 1, "ema_decay": 1.0}, "ema_decay must be"),

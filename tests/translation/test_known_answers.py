@@ -10,6 +10,7 @@ from qkv_jax.models import seq2seq
 from qkv_jax.training import (
     MeshConfig,
     OptimizerConfig,
+    Outcome,
     RunConfig,
     TrainingConfig,
     make_mesh,
@@ -81,7 +82,7 @@ def test_a_model_learns_what_can_be_known(
     print(f"{task}: seed {seed}")
     write_strings(tmp_path, ANSWERS[task], seed)
     config = make_config(tmp_path, seed)
-    monkeypatch.setattr("qkv_jax.translation.run._finish", lambda *_: {})
+    monkeypatch.setattr("qkv_jax.translation.run._finish", lambda *_: Outcome())
     toy.run(config)
     found = read_metrics(tmp_path / "run")[-1]
     translator = load_run(tmp_path / "run", mesh=make_mesh(config.mesh))

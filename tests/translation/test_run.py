@@ -10,6 +10,7 @@ import qkv_jax.data
 from qkv_jax.data import DataError, ParallelData
 from qkv_jax.training import (
     MeshConfig,
+    Outcome,
     RunConfig,
     RunError,
     TrainingConfig,
@@ -40,6 +41,7 @@ def test_a_run_leaves_all_it_promises(finished):
     names = {path.name for path in finished.iterdir()}
     events = {name for name in names if name.startswith("events.")}
     files = {"config.json", "metrics.jsonl", "curves.png", "attention.png"}
+    files.add("model_card.md")
     assert (
         names == files | {"tokenizer", "checkpoints", "result.json", ".lock"} | events
     )
@@ -110,7 +112,7 @@ def test_subwords_of_every_epoch_are_drawn_alike_by_a_run_that_goes_on(
         data = ParallelData(directory=corpus, valid=(), test=())
         return dataclasses.replace(made, text=text, data=data)
 
-    monkeypatch.setattr("qkv_jax.translation.run._finish", lambda *_: {})
+    monkeypatch.setattr("qkv_jax.translation.run._finish", lambda *_: Outcome())
     straight, again = config("straight"), config("again")
     assert prepare(straight).stream.batches(0) <= 2  # it is stopped in a later epoch
     toy.run(straight)
