@@ -206,6 +206,21 @@ def test_a_checkpoint_is_chosen_by_name_or_step(finished, translator, checkpoint
     jax.tree.map(np.testing.assert_array_equal, chosen.params, translator.params)
 
 
+def test_a_run_that_averages_is_used_with_the_mean_of_its_last_checkpoints(
+    finished, tmp_path
+):
+    directory = shutil.copytree(finished, tmp_path / "run")
+    content = json.loads((directory / "config.json").read_text("utf-8"))
+    content["training"]["average"] = 2
+    (directory / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    parts = (load_run(directory, checkpoint=step).params for step in (2, 4))
+    jax.tree.map(
+        lambda mean, x, y: np.testing.assert_allclose(mean, (x + y) / 2, atol=1e-6),
+        load_run(directory).params,
+        *parts,
+    )
+
+
 def test_an_earlier_checkpoint_is_another_model(finished, translator):
     early = load_run(finished, checkpoint=2)
     leaves = zip(jax.tree.leaves(early.params), jax.tree.leaves(translator.params))
