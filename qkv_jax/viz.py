@@ -224,6 +224,49 @@ def _dress(axes: Axes, panel: _Panel, last_step: float) -> None:
         axes.legend(fontsize=8, frameon=False)
 
 
+def plot_rates(
+    rates: np.ndarray,
+    losses: np.ndarray,
+    smoothed: np.ndarray,
+    path: str | os.PathLike[str],
+    *,
+    marks: Mapping[str, float],
+    title: str | None = None,
+) -> Figure:
+    """Draws losses over the learning rates that they were reached with, and saves the picture.
+
+    Args:
+        rates, losses, smoothed: (n,) each.
+        path: picture to write.
+        marks: rates to point out, by what they are.
+        title: stands above the curve.
+
+    Returns:
+        The figure, as saved.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(rates, losses, color=_TRAIN, linewidth=0.8, alpha=0.3)
+    axes.plot(rates, smoothed, color=_TRAIN, label="smoothed")
+    styles = ((_VALIDATION, "--"), (_SECOND, ":"), ("#888888", "-."))
+    for (label, rate), (colour, style) in zip(marks.items(), styles):
+        shown = f"{label}: {rate:.1e}"
+        axes.axvline(rate, color=colour, linestyle=style, label=shown)
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("loss of a batch")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    if title:
+        _set_title(figure, title)
+    _save(figure, path)
+    return figure
+
+
 def plot_attention(
     weights: Any,
     source_tokens: Sequence[str],

@@ -15,6 +15,7 @@ USAGE = f"""usage: {PROGRAM} COMMAND ...
   train FILE [OPTIONS]           train the CONFIG of an experiment file; run again to resume
                                  (--init-from MODEL: fine-tune; --debug-nans: stop at the
                                  operation that makes a NaN)
+  find-lr FILE [OPTIONS]         try learning rates on the CONFIG's data and model, and draw the loss
   evaluate MODEL... [OPTIONS]    BLEU, chrF, TER of models on held-out text; a task's own metrics
   compare A B... [OPTIONS]       which differences from the first are real: paired tests, sentences
   translate MODEL [TEXT ...]     translate arguments, a file, or standard input
@@ -33,6 +34,7 @@ A MODEL is the directory of a run, of an imported or published model, or a name 
 # The module of each command, imported when it is called; its function has the command's name.
 COMMANDS = {
     "train": "training",
+    "find-lr": "training",
     "evaluate": "evaluating",
     "compare": "evaluating",
     "translate": "translating",

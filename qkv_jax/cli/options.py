@@ -201,6 +201,33 @@ class Plot:
     output: Path | None = None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Learning rates to try.
+
+    Attributes:
+        low, high: the first and the last; each is the one before times the same factor.
+        steps: updates from one to the other.
+        output: picture to draw; default runs/find-lr/<name of the experiment>.png.
+    """
+
+    low: float = 1e-5
+    high: float = 1.0
+    steps: int = 100
+    output: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FindLr:
+    """The options of find-lr besides those of the experiment.
+
+    Attributes:
+        find: which rates.
+    """
+
+    find: Rates = dataclasses.field(default_factory=Rates)
+
+
 def load_model(options: Use, *, n_best: int = 1) -> Any:
     """The translator that the options ask for, of at least n_best translations."""
     from qkv_jax.translation import DecodingConfig, LanguageConfig, load_translator

@@ -36,6 +36,7 @@ from qkv_jax.data.multilingual import tagged as tagged
 from qkv_jax.data.parallel import Corpus as Corpus
 from qkv_jax.data.parallel import Pair as Pair
 from qkv_jax.data.parallel import read_pairs as read_pairs
+from qkv_jax.data.sampling import SubwordSampler as SubwordSampler
 from qkv_jax.data.split import split_pairs as split_pairs
 from qkv_jax.data.splits import ExampleStream as ExampleStream
 from qkv_jax.data.splits import Splits as Splits

@@ -101,6 +101,16 @@ class Sentences:
         return tokens.reshape(-1, width), segments.reshape(-1, width)
 
 
+def choose(first: np.ndarray, one: Sentences, other: Sentences) -> Sentences:
+    """Return sentence i of one where first[i], (sentences,) bool, and else of other."""
+    starts = np.where(first, one.offsets[:-1], other.offsets[:-1] + len(one.tokens))
+    lengths = np.where(first, one.lengths, other.lengths)
+    offsets = np.concatenate([[0], lengths.cumsum()])
+    places = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+    tokens = np.concatenate([one.tokens, other.tokens])[places]
+    return dataclasses.replace(one, tokens=tokens, offsets=offsets)
+
+
 class EncodedPairs(NamedTuple):
     """Source and target sentences; sentence i of one translates sentence i of the other."""
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import re
+import threading
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -20,6 +21,8 @@ EOS = 2
 UNK = 3
 
 _FILE_NAME = "tokenizer.model"
+# SentencePiece draws for all its models, in all threads, from one generator.
+_generator = threading.Lock()
 
 
 class SentenceTokenizer(Protocol):
@@ -178,6 +181,33 @@ class Tokenizer:
     def tagged(self, tag: str) -> "Tokenizer":
         """Return the same tokenizer, with a tag before every source."""
         return Tokenizer(self._model, tag=tag)
+
+    def sample(
+        self, sentences: Sequence[str], *, alpha: float, nbest: int = -1, seed: int
+    ) -> list[list[int]]:
+        """Return the token ids of each sentence, without special ids, in a drawn segmentation.
+
+        Symbols such as tags may be split by a unigram model.
+
+        Args:
+            sentences: text.
+            alpha: of a BPE model, the share of merges that are left out (BPE-dropout: Provilkov
+                et al. 2020, arXiv 1910.13267); of a unigram model, the power of a segmentation's
+                probability that it is drawn by (Kudo 2018, arXiv 1804.10959): the smaller, the
+                more even.
+            nbest: of a unigram model, how many of the best are drawn from, up to 512; -1: all.
+            seed: in [0, 2 ** 31): equal ones draw the same.
+        """
+        with _generator:
+            sentencepiece.set_random_generator_seed(seed)
+            return self._processor.encode(
+                list(sentences),
+                out_type=int,
+                num_threads=1,  # Several would share out the sentences by their speed.
+                enable_sampling=True,
+                alpha=alpha,
+                nbest_size=nbest,
+            )
 
     def decode(self, sequences: Iterable[Sequence[int]]) -> list[str]:
         """Return the text of each sequence, up to its first EOS, special ids left out.

@@ -19,8 +19,8 @@ from qkv_jax.training import (
     RunError,
     Task,
     TrainingConfig,
+    check_optimizer,
     from_plain,
-    make_schedule,
     to_plain,
 )
 
@@ -114,7 +114,7 @@ class TaskConfig:
         if self.lengths < 1:
             raise ValueError(f"lengths must be positive; got {self.lengths}.")
         # A warm-up that does not fit into the steps is an error before anything is written.
-        make_schedule(self.optimizer, self.training.steps)
+        check_optimizer(self.optimizer, self.training)
 
     def task(self, mesh: Mesh) -> Task:
         """The examples, the model and its loss on a mesh: see `make_task`."""

@@ -16,7 +16,12 @@ from qkv_jax.training.adapters import FinetuneConfig, count_params, merge_params
 from qkv_jax.training.checkpoint import CheckpointStore
 from qkv_jax.training.errors import Interrupted, NotFinite
 from qkv_jax.training.metrics import MetricsWriter, ProgressLine, TrainLog, read_metrics
-from qkv_jax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
+from qkv_jax.training.optimizers import (
+    OptimizerConfig,
+    averaged_params,
+    make_optimizer,
+    make_schedule,
+)
 from qkv_jax.training.sharding import auto_mesh, make_mesh, place_batch
 from qkv_jax.training.state import TrainState, create_state
 from qkv_jax.training.step import LossFn, make_train_step
@@ -41,7 +46,8 @@ class TrainingConfig:
         metric: the key of the evaluation that decides what is best.
         mode: "min": less is better, "max": more is better.
         patience: evaluations in a row without a new best that end the run; None: never.
-        ema_decay: of a moving average of the parameters, which is what is then evaluated; None: none.
+        ema_decay: of a moving average of the parameters, which is what is then evaluated and
+            translates; None: none.
         log_every: steps between rows of metrics.
         max_skipped: updates in a row that are skipped, as their loss or gradient is not finite,
             before the run ends.
@@ -91,6 +97,16 @@ class TrainingConfig:
             raise ValueError(
                 f"ema_decay must be in (0, 1), or None; got {self.ema_decay}."
             )
+
+
+def check_optimizer(optimizer: OptimizerConfig, config: TrainingConfig) -> None:
+    """Raises ValueError where an optimizer does not fit how a run trains."""
+    make_schedule(optimizer, config.steps)
+    if optimizer.averages and config.ema_decay is not None:
+        raise ValueError(
+            f"ema_decay must be None for name={optimizer.name!r}, which has an average of its own; "
+            f"got {config.ema_decay}."
+        )
 
 
 class BatchIterator(Protocol):
@@ -192,7 +208,7 @@ def train(
             (0, 1): all, the same in all processes.
         directory: of the run: checkpoints/, metrics.jsonl and event files go there. Open it with
             open_run first, so that no other run's is gone on with.
-        evaluate: parameters (or their moving average) -> metrics, with the key config.metric.
+        evaluate: parameters (or their average) -> metrics, with the key config.metric.
         callbacks: called after each step as callback(step, state, metrics). Arrays are on the
             devices, and the state is donated to the next step: to read is to wait, to keep is
             to copy.
@@ -268,6 +284,7 @@ def _build(
     finetune: FinetuneConfig | None,
 ) -> tuple["_CountedStep", TrainState]:
     """The compiled step of this configuration, and its first state."""
+    check_optimizer(optimizer, config)
     transformation = make_optimizer(optimizer, config.steps)
     step = make_train_step(
         loss_fn,
@@ -276,6 +293,7 @@ def _build(
         schedule=make_schedule(optimizer, config.steps),
         accumulate=config.accumulate,
         ema_decay=config.ema_decay,
+        averaged=averaged_params if optimizer.averages else None,
         rng_impl=config.rng_impl,
         finetune=finetune,
     )
@@ -285,7 +303,7 @@ def _build(
         seed=config.seed,
         mesh=mesh,
         rng_impl=config.rng_impl,
-        ema=config.ema_decay is not None,
+        ema=config.ema_decay is not None or optimizer.averages,
         finetune=finetune,
     )
     return _CountedStep(step), state

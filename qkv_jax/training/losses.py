@@ -11,7 +11,7 @@ from qkv_jax.ops import pin
 Array = jax.Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def projected_cross_entropy(
     states: Array,
     table: Array,
@@ -19,6 +19,7 @@ def projected_cross_entropy(
     weights: Array,
     smoothing: float = 0.0,
     chunks: int = 1,
+    r_drop: float = 0.0,
 ) -> tuple[Array, Array, Array]:
     """Label-smoothed cross-entropy of the logits `states table^T`, summed over weighted tokens.
 
@@ -35,6 +36,10 @@ def projected_cross_entropy(
         weights: (B, T) float32; 0 for padding.
         smoothing: in [0, 1).
         chunks: the time axis is cut in at most this many parts; not where a mesh is around.
+        r_drop: alpha of R-Drop. Not 0: rows 2i and 2i + 1 are one sentence, seen by the model
+            under two dropouts, P and Q; each adds alpha / 4 (KL(P || Q) + KL(Q || P)) to its
+            loss, so that both together have equation 4, their losses and alpha / 2 times the two
+            divergences.
 
     Returns:
         Weighted sums, float32 scalars: the smoothed loss, the plain negative log-likelihood, and
@@ -42,24 +47,25 @@ def projected_cross_entropy(
         respect to states and table.
 
     Source: Szegedy et al. 2016, arXiv 1512.00567, eq. 7 (the smoothing; torch's convention);
-    gradients within the forward pass: Hsu et al. 2024, arXiv 2410.10989.
+    gradients within the forward pass: Hsu et al. 2024, arXiv 2410.10989; R-Drop: Liang et al.
+    2021, arXiv 2106.14448.
     """
     states, table = pin(states, "batch", "length"), pin(table, "vocab", None)
     parts = (
-        _chunk(*part, table, smoothing)[0]
+        _chunk(*part, table, smoothing, r_drop)[0]
         for part in _split(states, labels, weights, chunks)
     )
     return functools.reduce(_add, parts)
 
 
-def _forward(states, table, labels, weights, smoothing, chunks):
+def _forward(states, table, labels, weights, smoothing, chunks, r_drop):
     # Put together along D: else each device would have a part of every logit's sum.
     table = pin(table, "vocab", None)
     # Whole along T for each share of V: else it is the logits that are exchanged.
     states = pin(states, "batch", "length")
     sums, slopes_states, slopes_table = [], [], []
     for part in _split(states, labels, weights, chunks):
-        part_sums, slope = _chunk(*part, table, smoothing)
+        part_sums, slope = _chunk(*part, table, smoothing, r_drop)
         sums.append(part_sums)
         slope = slope.astype(states.dtype)
         slope_part = jnp.einsum("BTV,VD->BTD", slope, table.astype(states.dtype))
@@ -79,7 +85,7 @@ def _forward(states, table, labels, weights, smoothing, chunks):
     return functools.reduce(_add, sums), (slope_states, slope_table)
 
 
-def _backward(smoothing, chunks, saved, cotangents):
+def _backward(smoothing, chunks, r_drop, saved, cotangents):
     slope_states, slope_table = saved
     along = cotangents[0]
     return (
@@ -93,7 +99,7 @@ def _backward(smoothing, chunks, saved, cotangents):
 projected_cross_entropy.defvjp(_forward, _backward)
 
 
-def _chunk(states, labels, weights, table, smoothing):
+def _chunk(states, labels, weights, table, smoothing, r_drop):
     """The three sums of a chunk, and the slope of the first with respect to its logits."""
     table = table.astype(states.dtype)
     logits = jnp.einsum(
@@ -106,13 +112,38 @@ def _chunk(states, labels, weights, table, smoothing):
     mean = logits.mean(axis=-1)
     nll = logsumexp - picked
     loss = logsumexp - (1.0 - smoothing) * picked - smoothing * mean
-    sums = (loss * weights, nll * weights, (picked >= top) * weights)
     classes = jax.lax.broadcasted_iota(labels.dtype, logits.shape, 2)
     target = (
         jnp.where(classes == labels[..., None], 1.0 - smoothing, 0.0) + smoothing / V
     )
-    slope = (jnp.exp(logits - logsumexp[..., None]) - target) * weights[..., None]
-    return tuple(map(jnp.sum, sums)), slope
+    slope = jnp.exp(logits - logsumexp[..., None]) - target
+    if r_drop:
+        apart, slope_apart = _divergence(logits - logsumexp[..., None])
+        loss = loss + r_drop / 4.0 * apart
+        slope = slope + r_drop / 2.0 * slope_apart
+    sums = (loss * weights, nll * weights, (picked >= top) * weights)
+    return tuple(map(jnp.sum, sums)), slope * weights[..., None]
+
+
+def _divergence(log_p: Array) -> tuple[Array, Array]:
+    """KL(P || Q) + KL(Q || P) of each row and its neighbour, and its slope.
+
+    Args:
+        log_p: (2 B, T, V), rows 2i and 2i + 1 are neighbours.
+
+    Returns:
+        (2 B, T), the same for both rows of a pair; and (2 B, T, V), its slope with respect to the
+        row's own logits.
+    """
+
+    def neighbours(x: Array) -> Array:
+        return jnp.flip(x.reshape(-1, 2, *x.shape[1:]), axis=1).reshape(x.shape)
+
+    p, log_q = jnp.exp(log_p), neighbours(log_p)
+    apart = log_p - log_q
+    own = (p * apart).sum(axis=-1)
+    slope = p * (apart - own[..., None]) + p - jnp.exp(log_q)
+    return own + neighbours(own), slope
 
 
 def _split(

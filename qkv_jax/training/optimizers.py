@@ -1,8 +1,8 @@
-"""Learning-rate schedules, Adam and Muon, from one config to one optax transformation."""
+"""Learning-rate schedules and optimizers, from one config to one optax transformation."""
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,35 +12,51 @@ from optax import contrib
 
 from qkv_jax.ops.axes import input_axes
 
+Name = Literal["adam", "adamw", "muon", "adafactor", "lion", "schedule_free"]
+# Which optimizers a field is of.
+MEANT_FOR: dict[str, tuple[Name, ...]] = {
+    "b1": ("adam", "adamw", "muon", "lion", "schedule_free"),
+    "b2": ("adam", "adamw", "muon", "lion", "schedule_free"),
+    "eps": ("adam", "adamw", "muon", "schedule_free"),
+    "momentum": ("muon",),
+    "each_head": ("muon",),
+    "weight_decay": ("adamw", "muon", "adafactor", "lion", "schedule_free"),
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Adam, AdamW or Muon with a warmed-up learning rate.
+    """An optimizer with a warmed-up learning rate.
 
     The defaults are those of Vaswani et al. 2017 (arXiv 1706.03762, section 5.3).
 
     Attributes:
         name: "adam"; "adamw" for decoupled weight decay; "muon" for orthogonalised momentum on
             the matrices within the layers, and Adam on all else (embeddings, biases, scales):
-            fewer updates to the same loss, each about a quarter dearer for a small model on a CPU.
+            fewer updates to the same loss, each about a quarter dearer for a small model on a CPU;
+            "adafactor" for second moments of rows and columns alone, where a matrix has at least
+            128 of both: its rates are relative to each parameter's root mean square; "lion" for
+            the sign of a momentum: a third to a tenth of Adam's rate; "schedule_free" for
+            AdamW whose average of all its iterates is what is evaluated, with no decay of the rate.
         peak_lr: learning rate at the end of the warm-up.
         warmup_steps: updates of linear warm-up, from peak_lr / warmup_steps.
         schedule: what follows the warm-up: "inverse_sqrt" (peak * sqrt(warmup / step)),
             "cosine" or "linear" (down to final_fraction * peak at the last step), "constant".
         final_fraction: end of "cosine" and "linear", as a fraction of peak_lr.
-        b1: decay of Adam's first moment.
-        b2: decay of Adam's second moment.
+        b1: decay of Adam's first moment; of Lion, its share in the update; of "schedule_free", the
+            average's share in where gradients are taken.
+        b2: decay of Adam's second moment; of Lion's momentum.
         eps: added to the root of the second moment.
         momentum: decay of Muon's momentum.
         each_head: whether Muon orthogonalises each head's part of a projection by itself: cheaper
             for small models, and about as good an update.
-        weight_decay: decoupled decay of AdamW and Muon, times the learning rate. Not applied to
+        weight_decay: decoupled decay, times the learning rate; Adam has none. Not applied to
             parameters of fewer than two axes (biases, normalisation scales), nor to those that
             Muon leaves to Adam.
         clip_norm: largest global norm of the gradient; None: no clipping.
     """
 
-    name: Literal["adam", "adamw", "muon"] = "adam"
+    name: Name = "adam"
     peak_lr: float = 1e-3
     warmup_steps: int = 1000
     schedule: Literal["inverse_sqrt", "cosine", "linear", "constant"] = "inverse_sqrt"
@@ -54,10 +70,9 @@ class OptimizerConfig:
     clip_norm: float | None = None
 
     def __post_init__(self):
-        if self.name not in ("adam", "adamw", "muon"):
-            raise ValueError(
-                f"name must be 'adam', 'adamw' or 'muon'; got {self.name!r}."
-            )
+        if self.name not in get_args(Name):
+            names = ", ".join(map(repr, get_args(Name)))
+            raise ValueError(f"name must be one of {names}; got {self.name!r}.")
         if self.schedule not in ("inverse_sqrt", "cosine", "linear", "constant"):
             raise ValueError(
                 "schedule must be 'inverse_sqrt', 'cosine', 'linear' or 'constant'; "
@@ -92,16 +107,35 @@ class OptimizerConfig:
             raise ValueError(
                 f"weight_decay must not be negative; got {self.weight_decay}."
             )
-        if self.weight_decay and self.name == "adam":
-            raise ValueError(
-                "weight_decay needs name='adamw' or 'muon'; 'adam' has none."
-            )
-        if self.each_head and self.name != "muon":
-            raise ValueError(f"each_head needs name='muon'; got {self.name!r}.")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(
                 f"clip_norm must be positive, or None; got {self.clip_norm}."
             )
+        self._check_meant()
+
+    def _check_meant(self) -> None:
+        for field in dataclasses.fields(self):
+            names = MEANT_FOR.get(field.name, (self.name,))
+            value = getattr(self, field.name)
+            if self.name not in names and value != field.default:
+                shown = " or ".join(map(repr, names))
+                raise ValueError(
+                    f"{field.name} needs name={shown}; got {self.name!r}: leave it at "
+                    f"{field.default}."
+                )
+        if self.name == "schedule_free":
+            if self.schedule != "constant":
+                raise ValueError(
+                    "name='schedule_free' needs schedule='constant': its average takes the place "
+                    f"of a decay; got {self.schedule!r}."
+                )
+            if not self.b1:
+                raise ValueError("b1 must be positive for name='schedule_free'; got 0.")
+
+    @property
+    def averages(self) -> bool:
+        """Whether the optimizer has an average of its own, see `averaged_params`."""
+        return self.name == "schedule_free"
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -148,22 +182,34 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return schedule
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping, Adam, AdamW or Muon, and the schedule, as one optax transformation.
+def make_optimizer(
+    config: OptimizerConfig, steps: int, *, schedule: optax.Schedule | None = None
+) -> optax.GradientTransformation:
+    """Clipping, the optimizer, and the schedule, as one optax transformation.
 
     Args:
         config: see OptimizerConfig.
         steps: updates of the whole run.
+        schedule: in the place of the configured one.
 
     Raises:
         ValueError: see make_schedule.
 
     Source of Muon: Jordan 2024 (https://kellerjordan.github.io/posts/muon); its updates are scaled
     to Adam's root mean square, so that rates carry over: Liu et al. 2025, arXiv 2502.16982.
+    Adafactor: Shazeer and Stern 2018, arXiv 1804.04235, without momentum; Lion: Chen et al. 2023,
+    arXiv 2302.06675; schedule-free: Defazio et al. 2024, arXiv 2405.15682.
     """
-    schedule, parts = make_schedule(config, steps), []
+    schedule = schedule or make_schedule(config, steps)
+    clipping = []
     if config.clip_norm is not None:
-        parts.append(optax.clip_by_global_norm(config.clip_norm))
+        clipping.append(optax.clip_by_global_norm(config.clip_norm))
+    return optax.chain(*clipping, *_after_clipping(config, schedule))
+
+
+def _after_clipping(
+    config: OptimizerConfig, schedule: optax.Schedule
+) -> list[optax.GradientTransformation]:
     if config.name == "muon":
         muon = contrib.muon(
             schedule,
@@ -177,12 +223,43 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
                 _matrices, each_head=config.each_head
             ),
         )
-        return optax.chain(*parts, muon)
-    parts.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps))
+        return [muon]
+    parts = _scaling(config)
     if config.weight_decay:
         parts.append(optax.add_decayed_weights(config.weight_decay, mask=_has_two_axes))
     parts.append(optax.scale_by_learning_rate(schedule))
-    return optax.chain(*parts)
+    if config.name == "schedule_free":
+        return [contrib.schedule_free(optax.chain(*parts), schedule, b1=config.b1)]
+    return parts
+
+
+def _scaling(config: OptimizerConfig) -> list[optax.GradientTransformation]:
+    """From gradients to updates, before decay and rate."""
+    if config.name == "adafactor":
+        return [
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.scale_by_param_block_rms(),
+        ]
+    if config.name == "lion":
+        return [optax.scale_by_lion(b1=config.b1, b2=config.b2)]
+    if config.name == "schedule_free":  # Adam without its first moment.
+        return [
+            optax.scale_by_rms(
+                decay=config.b2, eps=config.eps, eps_in_sqrt=False, bias_correction=True
+            )
+        ]
+    return [optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)]
+
+
+def averaged_params(opt_state: Any, params: Any) -> Any:
+    """The average that a schedule-free optimizer keeps, x of equation 5: what is to be evaluated.
+
+    Args:
+        opt_state: of `make_optimizer`, whose config `averages`.
+        params: y, where gradients are taken.
+    """
+    return contrib.schedule_free_eval_params(opt_state[-1], params)
 
 
 def _has_two_axes(params):

@@ -213,7 +213,8 @@ def _place(array: Any, sharding: NamedSharding) -> jax.Array:
 def _sharding(
     mesh: Mesh, names: tuple[str, ...], shape: tuple[int, ...]
 ) -> NamedSharding:
-    if len(names) != len(shape):
+    # (1,) is what Adafactor has where it keeps no moment.
+    if len(names) != len(shape) or shape == (1,):
         return replicated(mesh)
     kept: list[str | None] = []
     for name, size in zip(names, shape):

@@ -25,7 +25,7 @@ class TrainState:
         opt_state: the optimizer's.
         rng: key data (not a typed key, so that it can be saved), the same in all steps: step n
             uses fold_in(rng, n), whether or not the run was interrupted before n.
-        ema: exponential moving average of params, or None.
+        ema: average of params, exponential or the optimizer's own: what is evaluated; or None.
         constant: the part of the model that is not trained, see split_params; None: there is none.
     """
 
@@ -57,7 +57,7 @@ def create_state(
         seed: of the steps' random numbers (dropout) and of new adapters, not of the parameters.
         mesh: see make_mesh.
         rng_impl: jax PRNG implementation; "rbg" is cheap on CPU and on accelerators.
-        ema: keep a moving average of what is trained, which starts at it.
+        ema: keep an average of what is trained, which starts at it.
         finetune: which part is trained; None: all.
 
     Raises:

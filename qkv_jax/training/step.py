@@ -36,6 +36,7 @@ def make_train_step(
     schedule: optax.Schedule | None = None,
     accumulate: int = 1,
     ema_decay: float | None = None,
+    averaged: Callable[[Any, Any], Any] | None = None,
     rng_impl: str = "rbg",
     finetune: FinetuneConfig | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -54,6 +55,7 @@ def make_train_step(
             that each spans all devices.
         ema_decay: of the moving average in state.ema, capped at (1 + n) / (10 + n) after n
             updates; None: none.
+        averaged: (opt_state, params) -> what state.ema is after the update, in place of that.
         rng_impl: that of state.rng.
         finetune: which part of the parameters is trained, as in create_state; loss_fn gets all.
 
@@ -93,11 +95,11 @@ def make_train_step(
             metrics["learning_rate"] = schedule(state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = (
-            None
-            if ema_decay is None
-            else _average(state.ema, params, state.step, ema_decay)
-        )
+        ema = None
+        if averaged is not None:
+            ema = averaged(opt_state, params)
+        elif ema_decay is not None:
+            ema = _average(state.ema, params, state.step, ema_decay)
         finite = jnp.isfinite(sums["loss_sum"]) & jnp.isfinite(metrics["grad_norm"])
         metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
         made, kept = (

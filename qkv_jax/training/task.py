@@ -169,7 +169,7 @@ def _train_task(
     initialize(config.distributed)
     if not is_first():
         console = Console(quiet=True)
-    mesh = _mesh(config)
+    mesh = task_mesh(config)
     task = config.task(mesh)
     shapes = jax.eval_shape(task.params) if callable(task.params) else task.params
     try:
@@ -289,7 +289,12 @@ def _card(
     )
 
 
-def _mesh(config: Trainable) -> Mesh:
+def task_mesh(config: Trainable) -> Mesh:
+    """The mesh of a configuration.
+
+    Raises:
+        RunError: it does not fit the devices.
+    """
     try:
         return make_mesh(config.mesh)
     except ValueError as error:

@@ -17,6 +17,7 @@ from qkv_jax.data import (
 )
 from qkv_jax.decoding import LengthPenalty, gnmt, power
 from qkv_jax.models import recurrent, seq2seq
+from qkv_jax.models.seq2seq_config import RATES
 from qkv_jax.training import (
     DistributedConfig,
     FinetuneConfig,
@@ -25,8 +26,8 @@ from qkv_jax.training import (
     RunConfig,
     Task,
     TrainingConfig,
+    check_optimizer,
     from_plain,
-    make_schedule,
     to_plain,
 )
 
@@ -41,6 +42,12 @@ class TextConfig:
     Attributes:
         vocabulary: subwords, shared by both languages.
         tokenizer: SentencePiece's model type.
+        sampling: alpha: training pairs are segmented anew in every epoch. Of BPE, the share of
+            merges left out (BPE-dropout, 0.1 in its paper); of a unigram model, the power of a
+            segmentation's probability (subword regularisation, 0.1 to 0.5), see
+            `Tokenizer.sample`. Validation and test text is never sampled. None: it is not.
+        sampling_nbest: of a unigram model, how many of the best segmentations are drawn from;
+            -1: all.
         filters: which training pairs are left out.
         back_translated: file of further training pairs whose source a model made, as
             `qkv-jax back-translate` writes it: each source gets a tag, so that the model can tell
@@ -57,6 +64,8 @@ class TextConfig:
 
     vocabulary: int = 8000
     tokenizer: Literal["unigram", "bpe"] = "unigram"
+    sampling: float | None = None
+    sampling_nbest: int = -1
     filters: Filters = field(default_factory=Filters)
     back_translated: Path | None = None
     batch_tokens: int = 4096
@@ -77,6 +86,21 @@ class TextConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
+        self._check_sampling()
+
+    def _check_sampling(self) -> None:
+        alpha, nbest, bpe = self.sampling, self.sampling_nbest, self.tokenizer == "bpe"
+        if alpha is not None and not 0.0 < alpha < (1.0 if bpe else math.inf):
+            allowed = "in (0, 1) for 'bpe'" if bpe else "positive"
+            raise ValueError(f"sampling must be {allowed}, or None; got {alpha}.")
+        if nbest == -1:
+            return
+        if alpha is None or bpe:
+            raise ValueError(
+                "sampling_nbest is of sampling with the tokenizer 'unigram': leave it at -1."
+            )
+        if not 2 <= nbest <= 512:
+            raise ValueError(f"sampling_nbest must be 2 to 512, or -1; got {nbest}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +225,10 @@ class TranslationConfig:
         model: sizes of the Transformer, or of the recurrent model; its vocabulary is the tokeniser's. With init_from, only
             its dropout rates, dtype and context count.
         label_smoothing: share of the target distribution spread over all subwords.
+        r_drop: alpha of R-Drop: each training pair goes through the model twice, under two
+            dropouts, and is trained on half the sum of both losses and of alpha / 2 times both
+            divergences of what they predict (half of Liang et al. 2021, arXiv 2106.14448,
+            equation 4: losses stay comparable). An update costs twice as much. 0: none.
         optimizer, training, mesh: how it is trained, and on which devices.
         validation_sentences: validation pairs translated greedily at each evaluation, for the
             metric "bleu"; 0: none, and the validation loss decides.
@@ -220,6 +248,7 @@ class TranslationConfig:
         | Annotated[recurrent.Config, tyro.conf.subcommand("recurrent")]
     ) = field(default_factory=seq2seq.tiny)
     label_smoothing: float = 0.1
+    r_drop: float = 0.0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -241,6 +270,12 @@ class TranslationConfig:
             raise ValueError(
                 f"label_smoothing must be in [0, 1); got {self.label_smoothing}."
             )
+        if not (math.isfinite(self.r_drop) and self.r_drop >= 0.0):
+            raise ValueError(f"r_drop must not be negative; got {self.r_drop}.")
+        if self.r_drop and not any(getattr(self.model, name, 0) for name in RATES):
+            raise ValueError(
+                "r_drop compares two dropouts, and the model has none: give model.dropout."
+            )
         if self.training.metric not in METRICS:
             raise ValueError(
                 f"metric must be one of {', '.join(METRICS)}; got {self.training.metric!r}."
@@ -256,7 +291,7 @@ class TranslationConfig:
                 f"got {self.validation_sentences}."
             )
         # A warm-up that does not fit into the steps is an error before anything is written.
-        make_schedule(self.optimizer, self.training.steps)
+        check_optimizer(self.optimizer, self.training)
 
     def _check_packing(self) -> None:
         model = self.model

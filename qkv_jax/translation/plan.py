@@ -43,17 +43,18 @@ def plan_run(config: TranslationConfig) -> Plan:
             optimizer,
             mesh=mesh,
             rng_impl=config.training.rng_impl,
-            ema=config.training.ema_decay is not None,
+            ema=config.training.ema_decay is not None or config.optimizer.averages,
             finetune=config.finetune,
         )
     except ValueError as error:
         raise training.RunError(f"mesh: {error}") from error
     step = training.make_train_step(
-        make_loss(model, config.label_smoothing),
+        make_loss(model, config.label_smoothing, r_drop=config.r_drop),
         optimizer,
         mesh=mesh,
         accumulate=config.training.accumulate,
         ema_decay=config.training.ema_decay,
+        averaged=training.averaged_params if config.optimizer.averages else None,
         rng_impl=config.training.rng_impl,
         finetune=config.finetune,
     )
@@ -73,7 +74,10 @@ def plan_run(config: TranslationConfig) -> Plan:
         batch,
         tokens=rows * text.max_target,
         flops=seq2seq.train_flops(
-            model, rows=rows, source=text.max_source, target=text.max_target
+            model,
+            rows=2 * rows if config.r_drop else rows,
+            source=text.max_source,
+            target=text.max_target,
         ),
         dtype=model.dtype,
     )

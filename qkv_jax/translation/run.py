@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from qkv_jax import data, training
@@ -87,9 +88,14 @@ def prepare(
             symbols=symbols,
         )
     pairs = data.encode_pairs(train, tokenizer)
+    resample = _sampler(config, train, tokenizer, symbols)
+    lengths = [side.lengths for side in pairs]
+    if resample is not None:
+        # The longest row holds whatever it would without sampling.
+        drawn = zip(resample(0), lengths)
+        lengths = [np.append(side.lengths, usual.max()) for side, usual in drawn]
     buckets = data.choose_buckets(
-        pairs.source.lengths,
-        pairs.target.lengths,
+        *lengths,
         count=text.buckets,
         max_source=text.max_source,
         max_target=text.max_target,
@@ -104,6 +110,7 @@ def prepare(
         packing=text.packing,
         seed=config.training.seed,
         share=share,
+        resample=resample,
     )
     report = [] if corpus.report is None else [f"corpus: {corpus.report}"]
     report += [
@@ -118,10 +125,35 @@ def prepare(
     )
 
 
+def _sampler(
+    config: TranslationConfig,
+    pairs: Sequence[Pair],
+    tokenizer: SentenceTokenizer,
+    symbols: Sequence[str],
+) -> data.SubwordSampler | None:
+    text = config.text
+    if text.sampling is None:
+        return None
+    if not isinstance(tokenizer, data.Tokenizer):
+        raise data.DataError(
+            f"text.sampling draws from the SentencePiece model of a run; {config.init_from} has a "
+            "published tokeniser: use --text.sampling None"
+        )
+    return data.SubwordSampler(
+        pairs,
+        tokenizer,
+        alpha=text.sampling,
+        nbest=text.sampling_nbest,
+        seed=config.training.seed,
+        symbols=symbols,
+    )
+
+
 def make_loss(
     config: ModelConfig,
     label_smoothing: float,
     *,
+    r_drop: float = 0.0,
     start: int = BOS,
     eos: int = EOS,
 ) -> training.step.LossFn:
@@ -130,11 +162,16 @@ def make_loss(
     Args:
         config: of the model.
         label_smoothing: share of the target distribution spread over all subwords.
+        r_drop: alpha of R-Drop; not 0: where there is dropout, each row goes through the model
+            twice, and sums are means of both.
         start, eos: ids that targets start from and end with.
     """
     graph = model_graph(config)
 
     def loss_fn(params, batch, rng):
+        twice = rng is not None and r_drop > 0.0
+        if twice:
+            batch = {name: _twice(array) for name, array in batch.items()}
         model, target = nnx.merge(graph, params), batch["target"]
         shifted = shift(target, start)
         segments = None
@@ -145,12 +182,15 @@ def make_loss(
             shifted = jnp.where(shifted == eos, start, shifted)
         states = model.states(batch["source"], shifted, segments=segments, rng=rng)
         weights = (target != config.pad).astype(jnp.float32)
+        if twice:
+            weights = 0.5 * weights
         loss, nll, correct = projected_cross_entropy(
             *model.projection(states),
             target,
             weights,
             label_smoothing,
-            LOSS_CHUNKS,
+            2 * LOSS_CHUNKS if twice else LOSS_CHUNKS,
+            r_drop if twice else 0.0,
         )
         penalty = model.penalty() if isinstance(model, seq2seq.Model) else None
         if penalty is not None and rng is not None:
@@ -159,6 +199,12 @@ def make_loss(
         return loss, sums | {"tokens": weights.sum()}
 
     return loss_fn
+
+
+def _twice(array: jax.Array) -> jax.Array:
+    """(B, ...) -> (2 B, ...), each row and its copy side by side, on the devices it is on."""
+    pairs = jnp.broadcast_to(array[:, None], (len(array), 2, *array.shape[1:]))
+    return pairs.reshape(-1, *array.shape[1:])
 
 
 def make_task(config: TranslationConfig, mesh: jax.sharding.Mesh) -> training.Task:
@@ -324,7 +370,11 @@ def _loss(
     config: TranslationConfig, model: ModelConfig, tokenizer: SentenceTokenizer
 ) -> training.step.LossFn:
     return make_loss(
-        model, config.label_smoothing, start=tokenizer.start, eos=tokenizer.eos
+        model,
+        config.label_smoothing,
+        r_drop=config.r_drop,
+        start=tokenizer.start,
+        eos=tokenizer.eos,
     )
 
 

@@ -88,6 +88,24 @@ def test_plot_draws_a_held_out_sentence_by_default(trained, tmp_path, ask):
     assert all(Path(line).exists() for line in lines)
 
 
+def test_find_lr_suggests_a_rate_for_any_task_and_writes_a_picture_alone(
+    tmp_path, monkeypatch, ask, fail
+):
+    (tmp_path / "largest.py").write_text(
+        "from tests.tasks import toy\nCONFIG = toy.make_config(None)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    options = ["--find.low=1e-3", "--find.high", "100", "--find.steps", "20"]
+    lines = ask("find-lr", "largest.py", *options, "--batch-rows", "8")
+    assert re.search(r"--optimizer.peak-lr [\d.e-]+$", lines[-1])
+    assert re.search(r"lowest at .* drawn: runs/find-lr/largest.png$", lines[-2])
+    made = [str(path) for path in Path().rglob("*.*")]
+    assert sorted(made) == ["largest.py", "runs/find-lr/largest.png"]
+    message = fail("find-lr", "largest.py", "--find.low", "7")
+    assert message == "--find.low must be positive and less than high; got 7.0 and 1.0."
+    assert "did you mean --find.high?" in fail("find-lr", "largest.py", "--find.hihg=1")
+
+
 def test_the_demo_ends_with_a_table_of_what_it_did(
     corpus, tmp_path, monkeypatch, capfd
 ):
@@ -106,6 +124,7 @@ COMMANDS = [
     [],
     ["train"],
     ["train", str(MULTI30K)],
+    ["find-lr"],
     ["evaluate"],
     ["compare"],
     ["translate"],

@@ -35,12 +35,12 @@ def oracle(states, table, labels, weights, smoothing):
     return sums, slopes
 
 
-def run(states, table, labels, weights, smoothing=0.0, chunks=1):
+def run(states, table, labels, weights, smoothing=0.0, chunks=1, r_drop=0.0):
     """Sums, and the gradients of the loss for states and table."""
 
     def loss(states, table):
         sums = projected_cross_entropy(
-            states, table, labels, weights, smoothing, chunks
+            states, table, labels, weights, smoothing, chunks, r_drop
         )
         return sums[0], sums
 
@@ -48,7 +48,7 @@ def run(states, table, labels, weights, smoothing=0.0, chunks=1):
     return sums, gradients
 
 
-jitted = jax.jit(run, static_argnums=(4, 5))
+jitted = jax.jit(run, static_argnums=(4, 5, 6))
 
 
 def close(got, want, tolerance=1e-5):
@@ -114,6 +114,33 @@ def test_bfloat16_states_give_float32_sums_and_gradients_of_their_own_dtype():
     # The table and the slopes are rounded to bfloat16, eps 4e-3.
     close(list(sums[:2]), list(truth[0][:2]), 1e-2)
     close((d_states.astype(np.float32), d_table), truth[1], 3e-2)
+
+
+def apart(states, table):
+    """KL(P || Q) + KL(Q || P) at each place of a pair of rows, by its definition."""
+    log_p, log_q = (
+        jax.nn.log_softmax(jnp.asarray(states[at::2]) @ jnp.asarray(table).T)
+        for at in (0, 1)
+    )
+    one = (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+    return one + (jnp.exp(log_q) * (log_q - log_p)).sum(-1)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_two_passes_of_a_row_are_drawn_together(chunks):
+    """Equation 4 of R-Drop: both losses, and alpha / 2 times both divergences."""
+    twice = (np.repeat(LABELS[::2], 2, axis=0), np.repeat(WEIGHTS[::2], 2, axis=0))
+    alpha, batch = 3.0, (STATES, TABLE, *twice)
+
+    def divergence(states, table):
+        return alpha / 2 * jnp.sum(apart(states, table) * twice[1][::2])
+
+    more, slopes = jax.value_and_grad(divergence, argnums=(0, 1))(STATES, TABLE)
+    (loss, nll, correct), gradients = jitted(*batch, 0.1, chunks, alpha)
+    plain = jitted(*batch, 0.1, chunks)
+    close((loss, nll, correct), (plain[0][0] + more, *plain[0][1:]))
+    close(gradients, jax.tree.map(jnp.add, plain[1], slopes))
+    assert more > 1.0
 
 
 @pytest.mark.parametrize("chunks", [1, 2])

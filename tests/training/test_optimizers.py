@@ -1,3 +1,5 @@
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,18 @@ import pytest
 from flax import nnx
 
 from qkv_jax.models.seq2seq import Config, Model
-from qkv_jax.training import OptimizerConfig, make_optimizer, make_schedule
+from qkv_jax.training import (
+    MeshConfig,
+    OptimizerConfig,
+    abstract_state,
+    averaged_params,
+    load_params,
+    make_mesh,
+    make_optimizer,
+    make_schedule,
+)
+from qkv_jax.training.optimizers import MEANT_FOR, Name
+from tests.training import toy
 
 # schedule, options, {step (1 = the first update): learning rate}, by hand.
 SCHEDULES = [
@@ -112,9 +125,151 @@ def test_muon_takes_plain_arrays_of_two_axes_for_matrices():
     np.testing.assert_array_equal(updates["scale"], 0.0)
 
 
+NAMES = get_args(Name)
+FLAT = {"warmup_steps": 1, "schedule": "constant"}
+OTHER = {"b1": 0.5, "b2": 0.7, "eps": 0.1, "momentum": 0.5, "each_head": True}
+OTHER |= {"weight_decay": 0.1}
+
+
+def updated(**options):
+    """A kernel (D, N, H) and a bias (D,) after three updates by drawn gradients."""
+    optimizer = make_optimizer(OptimizerConfig(**FLAT, **options), 10)
+    rng = np.random.default_rng(0)
+
+    def draw():
+        kernel, bias = (
+            jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((4, 2, 3), 4)
+        )
+        axes = ("embed", "heads", "head_dim")
+        return {"kernel": nnx.Param(kernel, axes=axes), "bias": bias}
+
+    params = draw()
+    state = optimizer.init(params)
+    for _ in range(3):
+        updates, state = optimizer.update(draw(), state, params)
+        params = optax.apply_updates(params, updates)
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(params)])
+
+
+@pytest.mark.parametrize("field", MEANT_FOR)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_field_matters_or_is_refused(name, field):
+    change = {"name": name, field: OTHER[field]}
+    if name in MEANT_FOR[field]:
+        assert np.any(updated(**change) != updated(name=name))
+    else:
+        with pytest.raises(ValueError, match=f"{field} needs name=.* got '{name}'"):
+            OptimizerConfig(**FLAT, **change)
+
+
+def test_the_first_update_of_lion_is_the_rate_against_the_sign():
+    config = OptimizerConfig(name="lion", peak_lr=0.1, **FLAT)
+    optimizer, params = make_optimizer(config, 10), {"w": jnp.ones(3)}
+    grads = {"w": jnp.array([3.0, -1e-4, 0.0])}
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["w"], [-0.1, 0.1, 0.0], rtol=1e-6)
+
+
+def test_adafactor_keeps_rows_and_columns_and_moves_by_the_size_of_a_parameter():
+    optimizer = make_optimizer(
+        OptimizerConfig(name="adafactor", peak_lr=0.1, **FLAT), 10
+    )
+    rng = np.random.default_rng(0)
+    size = (128, 160)
+    params = {"w": jnp.asarray(rng.normal(size=size) * 5.0, jnp.float32)}
+    rows, columns = rng.uniform(0.1, 2.0, size[0]), rng.uniform(0.1, 2.0, size[1])
+    signs = rng.choice([-1.0, 1.0], size)
+    grads = {"w": jnp.asarray(rows[:, None] * columns * signs, jnp.float32)}
+    state = optimizer.init(params)
+    assert sum(x.size for x in jax.tree.leaves(state)) < 2 * sum(size)
+    updates, _ = optimizer.update(grads, state, params)
+    moved = 0.1 * np.sqrt(np.mean(params["w"] ** 2))
+    np.testing.assert_allclose(updates["w"], -moved * signs, rtol=1e-4)
+
+
+def test_schedule_free_evaluates_the_average_of_its_iterates():
+    """The recursion of the paper's equations 3 to 5, with AdamW's step, in float64."""
+    config = OptimizerConfig(
+        name="schedule_free", peak_lr=0.1, b1=0.8, weight_decay=0.5, **FLAT
+    )
+    optimizer = make_optimizer(config, 10)
+    x = z = y = np.array([[1.0, -2.0]])
+    params, square = jnp.asarray(y, jnp.float32), 0.0
+    state = optimizer.init(params)
+    for step in range(1, 5):
+        gradient = np.array([[0.3, -0.2]]) * step + y
+        square = 0.98 * square + 0.02 * gradient**2
+        scaled = gradient / (np.sqrt(square / (1 - 0.98**step)) + 1e-9)
+        z = z - 0.1 * (scaled + 0.5 * y)
+        x = x + (z - x) / step
+        y = 0.8 * x + 0.2 * z
+        found = jnp.asarray(gradient, jnp.float32)
+        updates, state = optimizer.update(found, state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(params, y, rtol=1e-4)
+        np.testing.assert_allclose(averaged_params(state, params), x, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "schedule_free"])
+def test_a_run_goes_on_with_the_same_bits(name, tmp_path):
+    config = OptimizerConfig(name=name, peak_lr=0.05, clip_norm=1.0, **FLAT)
+    options = {"optimizer": config, "ema_decay": None}
+    straight = toy.run(tmp_path / "a", **options)
+    toy.run(tmp_path / "b", **options, steps=2)
+    toy.assert_same_bits(toy.run(tmp_path / "b", **options).state, straight.state)
+    losses = [row["train/loss"] for row in straight.history]
+    assert losses[-1] < losses[0]
+
+
+def test_the_average_is_what_is_evaluated_kept_and_loaded(tmp_path):
+    seen = []
+
+    def evaluate(params):
+        seen.append(np.asarray(params["embed"]))
+        return {"loss": -float(len(seen))}
+
+    config = OptimizerConfig(name="schedule_free", peak_lr=0.05, **FLAT)
+    result = toy.run(tmp_path, optimizer=config, ema_decay=None, evaluate=evaluate)
+    state = result.state
+    average = averaged_params(state.opt_state, state.params)["embed"]
+    assert np.any(seen[-1] != np.asarray(state.params["embed"]))
+    np.testing.assert_allclose(seen[-1], average, rtol=1e-5)
+    for checkpoint in ("best", "latest"):
+        loaded = load_params(tmp_path, toy.params(), checkpoint=checkpoint)
+        np.testing.assert_array_equal(loaded["embed"], seen[-1])
+    with pytest.raises(ValueError, match="ema_decay must be None for name='schedule_"):
+        toy.run(tmp_path / "other", optimizer=config, ema_decay=0.9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_states_lie_where_their_parameters_do(name):
+    config = Config(
+        vocabulary=160, d_model=128, d_ff=256, encoder_layers=1, decoder_layers=1
+    )
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    state = abstract_state(
+        lambda: nnx.state(Model(config, rngs=nnx.Rngs(0)), nnx.Param),
+        make_optimizer(OptimizerConfig(name=name, **FLAT), 10),
+        mesh=mesh,
+    )
+
+    def held(tree):
+        return sum(
+            np.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)
+        )
+
+    copies = {"lion": 1.0, "muon": 1.1, "adafactor": 0.5}.get(name, 2.0)
+    assert held(state.opt_state) == pytest.approx(copies * held(state.params), rel=0.25)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"name": "schedule_free"}, "needs schedule='constant'"),
+        (
+            {"name": "schedule_free", "schedule": "constant", "b1": 0.0},
+            "b1 must be positive for name='schedule_free'",
+        ),
         ({"name": "sgd"}, "name must be"),
         ({"schedule": "step"}, "schedule must be"),
         ({"peak_lr": 0.0}, "peak_lr must be positive"),

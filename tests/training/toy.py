@@ -91,10 +91,11 @@ def run(directory, *, steps=4, iterator=None, **options):
         "ema_decay": 0.9,
     }
     config |= {name: options.pop(name) for name in list(options) if name in names}
+    optimizer = OptimizerConfig(peak_lr=0.05, warmup_steps=2, clip_norm=1.0)
     return train(
         params=options.pop("params", params()),
         loss_fn=options.pop("loss_fn", loss_fn),
-        optimizer=OptimizerConfig(peak_lr=0.05, warmup_steps=2, clip_norm=1.0),
+        optimizer=options.pop("optimizer", optimizer),
         config=TrainingConfig(steps=steps, **config),
         iterator=Batches() if iterator is None else iterator,
         directory=directory,

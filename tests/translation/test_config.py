@@ -119,6 +119,19 @@ def test_fields_that_contradict_each_other_are_refused(change, message):
     [
         (lambda: TextConfig(vocabulary=0), "vocabulary must be positive; got 0"),
         (lambda: TextConfig(buckets=-1), "buckets must be positive; got -1"),
+        (
+            lambda: TextConfig(sampling=0.0),
+            "sampling must be positive, or None; got 0.0",
+        ),
+        (
+            lambda: TextConfig(sampling=1.0, tokenizer="bpe"),
+            r"sampling must be in \(0, 1\) for 'bpe', or None; got 1.0",
+        ),
+        (lambda: TextConfig(sampling_nbest=5), "sampling_nbest is of sampling with"),
+        (
+            lambda: TextConfig(sampling=0.1, sampling_nbest=1),
+            "sampling_nbest must be 2 to 512, or -1; got 1",
+        ),
         (lambda: DecodingConfig(beams=0), "beams must be positive; got 0"),
         (lambda: DecodingConfig(alpha=float("nan")), "alpha must be finite; got nan"),
     ],

@@ -10,6 +10,7 @@ import qkv_jax.data
 from qkv_jax.data import DataError, ParallelData
 from qkv_jax.training import (
     MeshConfig,
+    Outcome,
     RunConfig,
     RunError,
     TrainingConfig,
@@ -76,23 +77,49 @@ def test_a_run_knows_its_configuration(finished, corpus):
     assert read_run(finished) == dataclasses.replace(config, run=RunConfig())
 
 
-def test_an_interrupted_run_ends_as_a_straight_one(
-    finished, corpus, tmp_path, monkeypatch
-):
-    directory = tmp_path / "again"
-    config, start = toy.make_config(corpus, directory), qkv_jax.data.train_iterator
+def run_interrupted(config, monkeypatch):
+    """Ends before its fourth step."""
+    start = qkv_jax.data.train_iterator
     with monkeypatch.context() as patch:
         patch.setattr(
             qkv_jax.data, "train_iterator", lambda s: Interrupted(start(s), 3)
         )
         with pytest.raises(KeyboardInterrupt):
             toy.run(config)
-    assert read_result(directory) is None
+    assert read_result(config.run.directory) is None
+
+
+def test_an_interrupted_run_ends_as_a_straight_one(
+    finished, corpus, tmp_path, monkeypatch
+):
+    directory = tmp_path / "again"
+    config = toy.make_config(corpus, directory)
+    run_interrupted(config, monkeypatch)
     result = toy.run(config)
     assert result["test"] == read_result(finished)["test"]
     assert result == read_result(directory)
     resumed, straight = load_run(directory).params, load_run(finished).params
     jax.tree.map(np.testing.assert_array_equal, resumed, straight)
+
+
+def test_subwords_of_every_epoch_are_drawn_alike_by_a_run_that_goes_on(
+    corpus, tmp_path, monkeypatch
+):
+    def config(name):
+        made = toy.make_config(corpus, tmp_path / name, mesh=MeshConfig(data=1))
+        changes = {"sampling": 0.2, "packing": True, "batch_tokens": 1536}
+        text = dataclasses.replace(made.text, **changes)
+        data = ParallelData(directory=corpus, valid=(), test=())
+        return dataclasses.replace(made, text=text, data=data)
+
+    monkeypatch.setattr("qkv_jax.translation.run._finish", lambda *_: Outcome())
+    straight, again = config("straight"), config("again")
+    assert prepare(straight).stream.batches(0) <= 2  # it is stopped in a later epoch
+    toy.run(straight)
+    run_interrupted(again, monkeypatch)
+    toy.run(again)
+    params = (load_run(run.run.directory).params for run in (straight, again))
+    jax.tree.map(np.testing.assert_array_equal, *params)
 
 
 def test_a_run_goes_on_on_another_mesh_with_the_same_batches(
@@ -177,6 +204,21 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
 def test_a_checkpoint_is_chosen_by_name_or_step(finished, translator, checkpoint):
     chosen = load_run(finished, checkpoint=checkpoint)
     jax.tree.map(np.testing.assert_array_equal, chosen.params, translator.params)
+
+
+def test_a_run_that_averages_is_used_with_the_mean_of_its_last_checkpoints(
+    finished, tmp_path
+):
+    directory = shutil.copytree(finished, tmp_path / "run")
+    content = json.loads((directory / "config.json").read_text("utf-8"))
+    content["training"]["average"] = 2
+    (directory / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    parts = (load_run(directory, checkpoint=step).params for step in (2, 4))
+    jax.tree.map(
+        lambda mean, x, y: np.testing.assert_allclose(mean, (x + y) / 2, atol=1e-6),
+        load_run(directory).params,
+        *parts,
+    )
 
 
 def test_an_earlier_checkpoint_is_another_model(finished, translator):
