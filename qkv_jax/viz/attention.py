@@ -2,13 +2,14 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
 
 from qkv_jax.viz.figures import fonts, label, save, set_title
 
@@ -21,6 +22,7 @@ def plot_attention(
     target_tokens: Sequence[str],
     path: str | os.PathLike[str],
     *,
+    links: Iterable[tuple[int, int]] = (),
     title: str | None = None,
 ) -> Figure:
     """Draws attention of target tokens (down) to source tokens (across), and saves the picture.
@@ -34,6 +36,7 @@ def plot_attention(
         source_tokens: S strings.
         target_tokens: T strings.
         path: picture to write; its suffix names the format (png, pdf, svg).
+        links: pairs (source, target) of places, from 0, to be framed.
         title: stands above the picture.
 
     Returns:
@@ -72,6 +75,9 @@ def plot_attention(
     main = figure.add_subplot(grid[0, :])
     image = _draw_weights(main, weights.mean(axis=0), scale=weights.mean(axis=0).max())
     _draw_tokens(main, source, target, font_size=min(max(cell * 40, 6), 10))
+    for column, row in links:
+        place = (column - 0.5, row - 0.5)
+        main.add_patch(Rectangle(place, 1, 1, fill=False, ec="#e4572e", lw=1.4))
     name = "attention weight" + (", mean of heads" if count else "")
     figure.colorbar(image, ax=main, label=name, aspect=25)
     if count:

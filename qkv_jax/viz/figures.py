@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Iterable
 
 from matplotlib import font_manager
 from matplotlib.figure import Figure
@@ -51,3 +52,13 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
         # A glyph that no font has is drawn as a box: no reason to stop or to warn.
         warnings.filterwarnings("ignore", r"(?s).*[Gg]lyph", UserWarning)
         figure.savefig(path, dpi=DPI)
+
+
+def by_kind(layers: Iterable[str]) -> dict[str, list[str]]:
+    """Names of attention layers, such as "decoder.1.cross", by what they are of."""
+    found: dict[str, list[str]] = {}
+    for layer in layers:
+        cross = "cross-attention" if layer.endswith("cross") else None
+        side = "encoder" if layer.startswith("encoder") else "decoder"
+        found.setdefault(cross or f"{side} self-attention", []).append(layer)
+    return found
