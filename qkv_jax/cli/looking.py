@@ -175,8 +175,9 @@ def align(arguments: list[str]) -> None:
         other += own.weights.shape != sizes
     if other:
         print(
-            f"{PROGRAM}: {other:,} of {len(pairs):,} pairs were cut, or are parted into other "
-            "words than at their blanks: their links are of those words",
+            f"{PROGRAM}: {other:,} of {len(pairs):,} pairs were cut (raise --max-source and "
+            "--max-length) or are parted into other words than at their blanks: their links are "
+            "of those words",
             file=sys.stderr,
         )
     if reference is None or options.output is not None:

@@ -68,17 +68,17 @@ def draw_heads(heads: Sequence[HeadSummary], path: Path) -> None:
     viz.plot_heads(
         _by_layer(heads, [head.normalised for head in heads]),
         path,
-        label="entropy, of the greatest possible",
-        notes=_by_layer(heads, [" ".join(head.roles) for head in heads]),
+        label="normalised entropy",
+        notes=_by_layer(heads, ["\n".join(head.roles) for head in heads]),
     )
 
 
 def draw_spans(heads: Sequence[HeadSummary], path: Path) -> None:
-    """Draws how far each head looks."""
+    """Draws how far each head looks; of cross-attention, from the diagonal of the pair."""
     viz.plot_heads(
         _by_layer(heads, [head.distance for head in heads]),
         path,
-        label="mean distance in tokens (cross-attention: from the diagonal)",
+        label="mean distance in tokens",
     )
 
 

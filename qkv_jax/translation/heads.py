@@ -16,8 +16,9 @@ RELATIONS = {"nsubj": "nsubj", "obj": "obj", "dobj": "obj"}
 RELATIONS |= {"amod": "amod", "advmod": "advmod"}
 FEWEST = 30  # of a relation, for a share of it to say anything.
 
-# From what share on a head has a role. The first two are those of Voita et al.; their rare-word
-# heads point to the rarest token in 50% to 66% of the sentences; the last is ours.
+# From what share on a head has a role. The first two are those of Voita et al., whose rare-word
+# heads point to the rarest token in 50% to 66% of the sentences (here, twice by chance as well);
+# the last is ours.
 POSITIONAL, SYNTACTIC, RARE, SPECIAL = 0.9, 0.1, 0.5, 0.5
 
 
@@ -48,7 +49,8 @@ class HeadSummary(NamedTuple):
         special: mean weight on special tokens: EOS, the start, codes of languages.
         distance: mean over weights of |q - k|, in tokens; of cross-attention, from the diagonal
             of the pair.
-        offset: k - q where the largest weight is most often; None for cross-attention.
+        offset: k - q where the largest weight is most often, of those that half of the tokens
+            have; None for cross-attention.
         at_offset: share of the tokens that have one at this offset whose largest weight is there.
         rare: share of sentences of which the token looked at most, in sum, is the rarest (or one
             of those) in the training text.
@@ -77,7 +79,7 @@ class HeadSummary(NamedTuple):
             roles.append(f"{self.offset:+d}" if self.offset else "0")
         if self.relation and self.relation.share >= self.relation.baseline + SYNTACTIC:
             roles.append(self.relation.name)
-        if self.rare >= RARE:
+        if self.rare >= max(RARE, 2 * self.rare_chance):
             roles.append("rare")
         if self.special >= SPECIAL:
             roles.append("special")
@@ -128,7 +130,8 @@ def _summary(
 
     offset, at_offset = None, None
     if "hits" in sums:
-        best = int(sums["hits"][head].argmax())
+        common = sums["possible"] >= sums["rows"] / 2
+        best = int((sums["hits"][head] * common).argmax())
         offset = best - FARTHEST
         at_offset = float(sums["hits"][head, best] / max(sums["possible"][best], 1))
     own = relations[head] if relations else []

@@ -12,6 +12,7 @@ from qkv_jax.viz.figures import fonts, label, save, set_title
 
 _COLOURS = ("#e4572e", "#4c78a8", "#777777", "#54a24b", "#b279a2")
 _SIDE = 9.0  # inches of a panel
+_ROOM = 1.5  # pixels around a name: what is saved is laid out anew, for its resolution.
 
 
 class Points(NamedTuple):
@@ -76,11 +77,11 @@ def plot_embeddings(
         axes = figure.add_subplot(1, len(tables), place)
         axes.set_title(name, fontsize=11)
         _draw_points(axes, points)
-    figure.draw_without_rendering()  # Settles the axes, in which names need room.
-    for axes, points in zip(list(figure.axes), tables.values()):
-        _draw_names(axes, points)
     if title:
         set_title(figure, title)
+    figure.draw_without_rendering()  # Settles the axes, in which names need room.
+    for axes, points in zip(figure.axes, tables.values()):
+        _draw_names(axes, points)
     save(figure, path)
     return figure
 
@@ -125,7 +126,7 @@ def _draw_names(axes: Axes, points: Points) -> None:
             fontfamily=fonts(),
             parse_math=False,
         )
-        x0, y0, x1, y1 = box = text.get_window_extent().extents
+        x0, y0, x1, y1 = box = text.get_window_extent().padded(_ROOM).extents
         free = (
             (taken[:, 0] > x1)
             | (taken[:, 2] < x0)

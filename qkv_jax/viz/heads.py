@@ -52,7 +52,7 @@ def plot_heads(
     figure = Figure(
         figsize=(
             across * width + 1.2 * (gaps if beside else 1) + 1.2,
-            max(down * height + 0.9 * (1 if beside else gaps) + 0.5, 2.4),
+            max(down * height + 0.9 * (1 if beside else gaps) + 0.5, 2.8),
         ),
         layout="constrained",
     )
