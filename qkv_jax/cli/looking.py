@@ -11,6 +11,7 @@ from qkv_jax.cli.parsing import PROGRAM, UsageError, nearest, parse, write_lines
 
 OF_A_SENTENCE = {"attention", "alignment", "page"}
 OF_HEADS = {"heads", "spans"}
+CROSS = "cross-attention layer"
 
 
 def plot(arguments: list[str]) -> None:
@@ -67,7 +68,8 @@ def _draw(options: Plot, what: set[str], output: Path) -> list[str]:
     translator = load_model(options)
     cross = translator.config.cross_layers
     layer = _layer(options.layer, translator.attention_layers, cross[-1])
-    aligner = _layer(options.layer, cross, cross[-2:][0]) if "alignment" in what else ""
+    if "alignment" in what:
+        aligner = _layer(options.layer, cross, cross[-2:][0], CROSS)
     train, held_out = _text(options, what)
     trees = _trees(options.dependencies)
     _directory(output)
@@ -105,10 +107,12 @@ def _draw(options: Plot, what: set[str], output: Path) -> list[str]:
     return drawn
 
 
-def _layer(given: str | None, names: Sequence[str], default: str) -> str:
+def _layer(
+    given: str | None, names: Sequence[str], default: str, kind: str = "layer"
+) -> str:
     if given is not None and given not in names:
         hint = nearest(given, names) or f"; there are {', '.join(names)}"
-        raise UsageError(f"no layer {given!r}{hint}")
+        raise UsageError(f"no {kind} {given!r}{hint}")
     return given or default
 
 
@@ -161,7 +165,7 @@ def align(arguments: list[str]) -> None:
     reference = _reference(options, pairs)
     translator = load_model(options)
     cross = translator.config.cross_layers
-    chosen = _layer(options.layer, cross, cross[-2:][0])
+    chosen = _layer(options.layer, cross, cross[-2:][0], CROSS)
     layers = [chosen] if reference is None else cross
     found: dict[str, list[Any]] = {name: [()] * len(pairs) for name in layers}
     other = 0

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -74,20 +73,6 @@ def test_a_cut_sentence_is_reported_beside_its_translation(trained, capfd):
     assert "1 of 2 sentences were longer than 24 tokens" in printed.err
 
 
-def test_plot_draws_into_a_directory_of_choice(trained, tmp_path, ask):
-    before = toy.contents(trained)
-    options = ["--text", "one two", "--layer", "encoder.0.attention"]
-    lines = ask("plot", trained, *options, "--output", tmp_path / "a" / "b")
-    assert [Path(line).name for line in lines] == ["curves.png", "attention.png"]
-    assert all(Path(line).read_bytes().startswith(b"\x89PNG") for line in lines)
-    assert toy.contents(trained) == before
-
-
-def test_plot_draws_a_held_out_sentence_by_default(trained, tmp_path, ask):
-    lines = ask("plot", trained, "--output", tmp_path)
-    assert all(Path(line).exists() for line in lines)
-
-
 def test_the_demo_ends_with_a_table_of_what_it_did(
     corpus, tmp_path, monkeypatch, capfd
 ):
@@ -110,6 +95,7 @@ COMMANDS = [
     ["compare"],
     ["translate"],
     ["plot"],
+    ["align"],
     ["demo"],
 ]
 
