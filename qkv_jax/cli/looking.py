@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qkv_jax.cli.options import Align, Plot, load_model
+from qkv_jax.cli.options import Align, Plot, check_language, load_model, own_data
 from qkv_jax.cli.parsing import PROGRAM, UsageError, nearest, parse, write_lines
 
 OF_A_SENTENCE = {"attention", "alignment", "page"}
@@ -65,6 +65,8 @@ def _draw(options: Plot, what: set[str], output: Path) -> list[str]:
     from qkv_jax.translation import draw
     from qkv_jax.translation.heads import head_rows
 
+    if options.text is not None or options.source is not None:
+        check_language(options)
     translator = load_model(options)
     cross = translator.config.cross_layers
     layer = _layer(options.layer, translator.attention_layers, cross[-1])
@@ -99,7 +101,7 @@ def _draw(options: Plot, what: set[str], output: Path) -> list[str]:
             drawn += ["heads.png", "heads.tsv"]
             _say_of_relations(heads, trees)
         if "spans" in what:
-            draw.draw_spans(heads, output / "spans.png")
+            draw.draw_spans(translator, heads, output / "spans.png")
             drawn.append("spans.png")
     if "embeddings" in what:
         draw.draw_embeddings(translator, counts, output / "embeddings.png")
@@ -119,7 +121,7 @@ def _layer(
 def _text(options: Plot, what: set[str]) -> tuple[list[Any], list[Any]]:
     """Pairs to count subwords in, and held-out ones; none where they are not needed."""
     from qkv_jax.data import read_pairs
-    from qkv_jax.translation import is_run, read_run
+    from qkv_jax.translation import is_run
 
     if options.source is not None:
         pairs = read_pairs(options.source, options.target)
@@ -127,7 +129,7 @@ def _text(options: Plot, what: set[str]) -> tuple[list[Any], list[Any]]:
     elif options.text is not None and not what & {*OF_HEADS, "embeddings"}:
         return [], []
     elif is_run(options.model):
-        corpus = read_run(options.model).data.load()
+        corpus = own_data(options, options.model).load()
         train, held_out = corpus.train, corpus.test or corpus.valid or corpus.train
     else:
         raise UsageError(
@@ -161,6 +163,7 @@ def align(arguments: list[str]) -> None:
     from qkv_jax.data import read_pairs
     from qkv_jax.translation.alignment import align as align_words
 
+    check_language(options)
     pairs = read_pairs(options.source, options.target)
     reference = _reference(options, pairs)
     translator = load_model(options)

@@ -289,6 +289,19 @@ def check_language(options: Use) -> None:
         )
 
 
+def own_data(options: Use, model: Path) -> Any:
+    """The data of a run; of a multilingual one, for the languages asked for, without tags."""
+    from qkv_jax.data import MultilingualData
+    from qkv_jax.translation import read_run
+
+    own = read_run(model).data
+    if options.target_language is None or not isinstance(own, MultilingualData):
+        return own
+    source, target = options.source_language, options.target_language
+    kept = [p for p in own.pairs if p[1] == target and source in (None, p[0])]
+    return dataclasses.replace(own, pairs=tuple(kept)) if kept else own
+
+
 def checkpoint_of(text: str | None) -> Any:
     """A checkpoint as `load_run` takes it."""
     if text is None or text in ("best", "latest", "average"):

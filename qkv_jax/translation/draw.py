@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
+from matplotlib.figure import Figure
 
 from qkv_jax import training, viz
 from qkv_jax.data import Pair
@@ -29,18 +30,18 @@ def draw_run(directory: Path, translator: Translator, pairs: Sequence[Pair]) -> 
     draw_attention(watched, directory / "attention.png", layer=layer)
 
 
-def draw_attention(watched: PairAttention, path: Path, *, layer: str) -> None:
+def draw_attention(watched: PairAttention, path: Path, *, layer: str) -> Figure:
     """Draws every head of a layer over the subwords of a sentence."""
     asks, seen = watched.sides(layer)
     weights = watched.weights[layer]
-    viz.plot_attention(weights, seen.pieces, asks.pieces, path, title=layer)
+    return viz.plot_attention(weights, seen.pieces, asks.pieces, path, title=layer)
 
 
-def draw_alignment(watched: PairAttention, path: Path, *, layer: str) -> None:
+def draw_alignment(watched: PairAttention, path: Path, *, layer: str) -> Figure:
     """Draws which words of the source those of the target look at, by the mean of the heads."""
     source, target = watched.source.text, watched.target.text
     found = alignment.align(watched.weights[layer], source, target)
-    viz.plot_attention(
+    return viz.plot_attention(
         found.weights,
         alignment.words(source),
         alignment.words(target),
@@ -63,9 +64,9 @@ def write_page(watched: PairAttention, path: Path) -> None:
     viz.write_page(layers, path, title=f"{source} → {target}")
 
 
-def draw_heads(heads: Sequence[HeadSummary], path: Path) -> None:
+def draw_heads(heads: Sequence[HeadSummary], path: Path) -> Figure:
     """Draws the entropy of each head, with its roles."""
-    viz.plot_heads(
+    return viz.plot_heads(
         _by_layer(heads, [head.normalised for head in heads]),
         path,
         label="normalised entropy",
@@ -73,13 +74,21 @@ def draw_heads(heads: Sequence[HeadSummary], path: Path) -> None:
     )
 
 
-def draw_spans(heads: Sequence[HeadSummary], path: Path) -> None:
-    """Draws how far each head looks; of cross-attention, from the diagonal of the pair."""
-    viz.plot_heads(
-        _by_layer(heads, [head.distance for head in heads]),
-        path,
-        label="mean distance in tokens",
-    )
+def draw_spans(
+    translator: Translator, heads: Sequence[HeadSummary], path: Path
+) -> Figure:
+    """Draws how far each head looks; of cross-attention, from the diagonal of the pair.
+
+    Where heads have learned spans, they stand below.
+    """
+    distances = _by_layer(heads, [head.distance for head in heads])
+    notes = {name: [""] * len(own) for name, own in distances.items()}
+    model = nnx.merge(translator.graphs[0], translator.params[0])
+    for name, layer in model.attention_layers().items():
+        if hasattr(layer, "span"):
+            spans = np.asarray(layer.span_share()) * layer.kind.option("longest")
+            notes[name] = [f"span {span:.0f}" for span in spans]
+    return viz.plot_heads(distances, path, label="mean distance in tokens", notes=notes)
 
 
 def _by_layer(
@@ -93,7 +102,7 @@ def _by_layer(
 
 def draw_embeddings(
     translator: Translator, counts: tuple[np.ndarray, np.ndarray], path: Path
-) -> None:
+) -> Figure:
     """Draws the vectors of the commonest subwords, with the language that each is of."""
     tokenizer = translator.tokenizer
     model = nnx.merge(translator.graphs[0], translator.params[0])
@@ -118,7 +127,7 @@ def draw_embeddings(
             shares = counts[0][ids] / count[ids]
             kinds = [_language(share) for share in shares]
         points[name] = viz.Points(table[ids], pieces_of(ids.tolist()), kinds)
-    viz.plot_embeddings(
+    return viz.plot_embeddings(
         points, path, title=f"the {POINTS} commonest subwords of each table"
     )
 

@@ -39,6 +39,8 @@ class Relation(NamedTuple):
 class HeadSummary(NamedTuple):
     """What one head does; means are over the tokens that ask, special ones apart.
 
+    Weights that are no distribution, as those of a linear kind, are taken by size, over their sum.
+
     Attributes:
         layer: its layer's name.
         head: from 1.
@@ -167,7 +169,9 @@ def _measure(
     text = np.flatnonzero(~seen.special)
     if not len(rows) or not len(text):
         return {}
-    weights = weights[:, rows].astype(float)
+    # What Linformer's mixtures amount to is no distribution.
+    weights = np.abs(weights[:, rows].astype(float))
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-30)
     places = np.arange(len(seen.ids))
     in_sight = rows + 1 if causal else np.full(len(rows), len(places))
     from_ = (rows + 0.5) * len(places) / len(asks.ids) - 0.5 if cross else rows
