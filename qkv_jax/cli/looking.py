@@ -1,6 +1,7 @@
 """Commands that look at what a model has learned: plot, align."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,19 +17,24 @@ CROSS = "cross-attention layer"
 
 def plot(arguments: list[str]) -> None:
     options = parse("plot", Plot, arguments)
+    from qkv_jax.tasks import is_task
     from qkv_jax.translation import is_run
 
     _check(options)
-    run = is_run(options.model)
-    what = set(options.what or (["curves"] if run else []) + ["attention"])
+    run, task = is_run(options.model), is_task(options.model)
+    usual = ["curves"] * run + ["attention"] * (not task)
+    what = set(options.what or usual)
     if "curves" in what and not run:
         raise UsageError(f"{options.model} is no run, which has curves")
+    if task and what != {"curves"}:
+        raise UsageError(f"{options.model} does not translate: it has --what curves")
     output = options.output or options.model
-    if what == {"curves"}:
-        _curves(options.model, _directory(output))
-        drawn = ["curves.png"]
-    else:
+    drawn = []
+    if what - {"curves"}:
         drawn = _draw(options, what, output)
+    if "curves" in what:
+        _curves(options.model, _directory(output))
+        drawn.insert(0, "curves.png")
     print("\n".join(str(output / name) for name in drawn))
 
 
@@ -42,12 +48,14 @@ def _check(options: Plot) -> None:
 
 
 def _directory(path: Path) -> Path:
+    """A directory for the pictures, made where it is not there."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(path, os.W_OK) else "no permission to write"
     except OSError as error:
-        raise UsageError(
-            f"{path} cannot hold the pictures: {error.strerror}"
-        ) from error
+        reason = error.strerror
+    if reason:
+        raise UsageError(f"{path} cannot hold the pictures: {reason}")
     return path
 
 
@@ -61,48 +69,74 @@ def _curves(run: Path, output: Path) -> None:
 
 
 def _draw(options: Plot, what: set[str], output: Path) -> list[str]:
-    """Draws each of `what`, and returns the names of the files."""
-    from qkv_jax.translation import draw
-    from qkv_jax.translation.heads import head_rows
-
+    """Draws each of `what` but curves, and returns the names of the files."""
     if options.text is not None or options.source is not None:
         check_language(options)
     translator = load_model(options)
     cross = translator.config.cross_layers
-    layer = _layer(options.layer, translator.attention_layers, cross[-1])
+    layers = {
+        "attention": _layer(options.layer, translator.attention_layers, cross[-1])
+    }
     if "alignment" in what:
-        aligner = _layer(options.layer, cross, cross[-2:][0], CROSS)
+        layers["alignment"] = _layer(options.layer, cross, cross[-2:][0], CROSS)
     train, held_out = _text(options, what)
     trees = _trees(options.dependencies)
     _directory(output)
     drawn = []
-    if "curves" in what:
-        _curves(options.model, output)
-        drawn.append("curves.png")
     if what & OF_A_SENTENCE:
         watched = translator.watch(options.text or held_out[0][0])
-        if "attention" in what:
-            draw.draw_attention(watched, output / "attention.png", layer=layer)
-            drawn.append("attention.png")
-        if "alignment" in what:
-            draw.draw_alignment(watched, output / "alignment.png", layer=aligner)
-            drawn.append("alignment.png")
-        if "page" in what:
-            draw.write_page(watched, output / "page.html")
-            drawn.append("page.html")
-    if what & {*OF_HEADS, "embeddings"}:
-        counts = draw.count_tokens(translator, train)
-    if what & OF_HEADS:
+        drawn += _draw_sentence(watched, what, output, layers)
+    if what - OF_A_SENTENCE - {"curves"}:
         pairs = held_out[: options.sentences]
+        drawn += _draw_model(translator, what, output, train, pairs, trees)
+    return drawn
+
+
+def _draw_sentence(
+    watched: Any, what: set[str], output: Path, layers: dict[str, str]
+) -> list[str]:
+    from qkv_jax.translation import draw
+
+    drawn = []
+    if "attention" in what:
+        layer = layers["attention"]
+        draw.draw_attention(watched, output / "attention.png", layer=layer)
+        drawn.append("attention.png")
+    if "alignment" in what:
+        if not any(watched.target.text):
+            raise UsageError("the translation of the sentence has no word to align")
+        layer = layers["alignment"]
+        draw.draw_alignment(watched, output / "alignment.png", layer=layer)
+        drawn.append("alignment.png")
+    if "page" in what:
+        draw.write_page(watched, output / "page.html")
+        drawn.append("page.html")
+    return drawn
+
+
+def _draw_model(
+    translator: Any,
+    what: set[str],
+    output: Path,
+    train: Sequence[Any],
+    pairs: Sequence[Any],
+    trees: Sequence[Any],
+) -> list[str]:
+    from qkv_jax.translation import draw
+    from qkv_jax.translation.heads import head_rows
+
+    drawn = []
+    counts = draw.count_tokens(translator, train)
+    if what & OF_HEADS:
         heads = draw.measure_heads(translator, pairs, counts, trees)
-        if "heads" in what:
-            draw.draw_heads(heads, output / "heads.png")
-            write_lines(output / "heads.tsv", head_rows(heads))
-            drawn += ["heads.png", "heads.tsv"]
-            _say_of_relations(heads, trees)
-        if "spans" in what:
-            draw.draw_spans(translator, heads, output / "spans.png")
-            drawn.append("spans.png")
+    if "heads" in what:
+        draw.draw_heads(heads, output / "heads.png")
+        write_lines(output / "heads.tsv", head_rows(heads))
+        drawn += ["heads.png", "heads.tsv"]
+        _say_of_relations(heads, trees)
+    if "spans" in what:
+        draw.draw_spans(translator, heads, output / "spans.png")
+        drawn.append("spans.png")
     if "embeddings" in what:
         draw.draw_embeddings(translator, counts, output / "embeddings.png")
         drawn.append("embeddings.png")
