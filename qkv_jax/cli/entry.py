@@ -21,7 +21,9 @@ USAGE = f"""usage: {PROGRAM} COMMAND ...
   translate MODEL [TEXT ...]     translate arguments, a file, or standard input
   back-translate MODEL [OPTIONS] training pairs from text in the target language alone
   score MODEL [OPTIONS]          log-probabilities that a model gives to translations
-  plot RUN [OPTIONS]             draw a run's curves and attention
+  align MODEL [OPTIONS]          word alignments of given translations, and their error rate
+  plot MODEL [OPTIONS]           draw curves, attention, alignment, heads, spans, embeddings, or a
+                                 page of every head (--what)
   plan FILE [OPTIONS]            memory, traffic and time of a step on a mesh, before it is rented
   import MODEL OUT               check and convert a published model: Marian (OPUS-MT), M2M100,
                                  NLLB, BART, mBART, Pegasus, T5, mT5, Flan
@@ -40,7 +42,8 @@ COMMANDS = {
     "translate": "translating",
     "back-translate": "back_translation",
     "score": "translating",
-    "plot": "translating",
+    "align": "looking",
+    "plot": "looking",
     "plan": "training",
     "import": "exchange",
     "export": "exchange",

@@ -19,6 +19,7 @@ from qkv_jax.cli.options import (
     check_language,
     checkpoint_of,
     load_model,
+    own_data,
 )
 from qkv_jax.cli.parsing import PROGRAM, UsageError, parse, read_lines, write_lines
 from qkv_jax.data import HeldOut, read_held_out, read_sacrebleu_set
@@ -208,25 +209,12 @@ def _text(options: HeldOutText, model: Path) -> HeldOut:
         raise UsageError(
             f"{model} is no run, which has a corpus: give --source and --reference, or --set"
         )
-    pairs = getattr(_own_data(options, model).load(), options.split)
+    pairs = getattr(own_data(options, model).load(), options.split)
     if not pairs:
         raise UsageError(
             f"the run's corpus has no {options.split} part: give --source and --reference, or --set"
         )
     return HeldOut.of_pairs(pairs)
-
-
-def _own_data(options: HeldOutText, model: Path) -> Any:
-    """The data of a run; of a multilingual one, for the languages asked for, without tags."""
-    from qkv_jax.data import MultilingualData
-    from qkv_jax.translation import read_run
-
-    own = read_run(model).data
-    if options.target_language is None or not isinstance(own, MultilingualData):
-        return own
-    source, target = options.source_language, options.target_language
-    kept = [p for p in own.pairs if p[1] == target and source in (None, p[0])]
-    return dataclasses.replace(own, pairs=tuple(kept)) if kept else own
 
 
 def _languages(options: HeldOutText, model: Path) -> tuple[str | None, str | None]:

@@ -8,6 +8,10 @@ import tyro
 
 from qkv_jax.cli.parsing import UsageError
 
+Picture = Literal[
+    "curves", "attention", "alignment", "heads", "spans", "embeddings", "page"
+]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Use:
@@ -185,19 +189,37 @@ class Score(Use):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plot:
-    """Draws curves.png and attention.png of a run.
+class Plot(Use):
+    """Draws what a run did and a model has learned: NAME.png for each of --what.
+
+    curves: the run's metrics over its steps.
+    attention: all heads of one layer, over the subwords of a sentence and its translation.
+    alignment: which words of the source the words of the translation look at.
+    heads: entropy and role of every head over held-out text; heads.tsv has all measures.
+    spans: how far every head looks.
+    embeddings: the commonest subwords in the plane in which their vectors differ most.
+    page: page.html, every head of every layer on a sentence, to hover over.
 
     Attributes:
-        run: directory of the run.
-        text: sentence whose attention is drawn; default one of the held-out text.
-        layer: attention layer, such as decoder.0.cross or encoder.1.attention.
+        what: pictures to draw; default curves and attention.
+        text: sentence of attention, alignment and page; default one of the held-out text.
+        layer: of attention and alignment, such as decoder.0.cross or encoder.1.attention; default
+            the last cross-attention, and for alignment the last but one.
+        source, target: files to measure heads on and to count subwords in, one sentence a line;
+            default the run's own text.
+        sentences: held-out pairs that heads are measured on.
+        dependencies: CoNLL-U file of source sentences: heads of the encoder are measured on its
+            relations.
         output: directory for the pictures; default the run's.
     """
 
-    run: tyro.conf.Positional[Path]
+    what: tuple[Picture, ...] = ()
     text: str | None = None
     layer: str | None = None
+    source: Path | None = None
+    target: Path | None = None
+    sentences: int = 100
+    dependencies: Path | None = None
     output: Path | None = None
 
 
@@ -226,6 +248,32 @@ class FindLr:
     """
 
     find: Rates = dataclasses.field(default_factory=Rates)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Align(Use):
+    """Which words of given translations look at which of their sources: "0-0 1-2", from 0.
+
+    The model predicts each target, and each of its words is linked to the source word that the
+    mean of a layer's heads weighs most.
+
+    Attributes:
+        source, target: files, one sentence a line.
+        gold: file with reference links of each pair: "3-4" sure, "3?4" or "3p4" possible, source
+            first: precision, recall and alignment error rate of every cross-attention layer.
+        one_based: the gold file counts words from 1.
+        layer: a cross-attention layer; default the last but one.
+        output: file for the links; default standard output, without --gold.
+        json: with --gold, print one JSON object.
+    """
+
+    source: Path
+    target: Path
+    gold: Path | None = None
+    one_based: bool = False
+    layer: str | None = None
+    output: Path | None = None
+    json: bool = False
 
 
 def load_model(options: Use, *, n_best: int = 1) -> Any:
@@ -266,6 +314,19 @@ def check_language(options: Use) -> None:
             f"{options.model} translates into {' and '.join(known.targets)}: choose one by "
             "--target-language"
         )
+
+
+def own_data(options: Use, model: Path) -> Any:
+    """The data of a run; of a multilingual one, for the languages asked for, without tags."""
+    from qkv_jax.data import MultilingualData
+    from qkv_jax.translation import read_run
+
+    own = read_run(model).data
+    if options.target_language is None or not isinstance(own, MultilingualData):
+        return own
+    source, target = options.source_language, options.target_language
+    kept = [p for p in own.pairs if p[1] == target and source in (None, p[0])]
+    return dataclasses.replace(own, pairs=tuple(kept)) if kept else own
 
 
 def checkpoint_of(text: str | None) -> Any:

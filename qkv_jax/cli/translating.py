@@ -1,4 +1,4 @@
-"""Commands that use a model: translate, score, plot."""
+"""Commands that use a model: translate, score."""
 
 import json
 import math
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from qkv_jax.cli.options import (
-    Plot,
     Score,
     Translate,
     check_language,
@@ -18,7 +17,6 @@ from qkv_jax.cli.parsing import (
     PROGRAM,
     UsageError,
     is_unicode,
-    nearest,
     parse,
     read_lines,
     write_lines,
@@ -71,30 +69,6 @@ def score(arguments: list[str]) -> None:
     else:
         lines = [f"{one.score:.4f}\t{one.log_prob:.4f}\t{one.tokens}" for one in found]
     write_lines(None, lines)
-
-
-def plot(arguments: list[str]) -> None:
-    options = parse("plot", Plot, arguments)
-    from qkv_jax import viz
-    from qkv_jax.translation import load_run, read_run
-    from qkv_jax.translation.run import draw_attention
-
-    output = options.output or options.run
-    translator = load_run(options.run)
-    names = translator.attention_layers
-    if options.layer is not None and options.layer not in names:
-        raise UsageError(f"no layer {options.layer!r}{nearest(options.layer, names)}")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        viz.plot_curves(options.run / "metrics.jsonl", output / "curves.png")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"the run's curves cannot be drawn: {error}") from error
-    text = options.text
-    if text is None:
-        corpus = read_run(options.run).data.load()
-        text = (corpus.test or corpus.valid or corpus.train)[0][0]
-    draw_attention(translator, text, output / "attention.png", layer=options.layer)
-    print(f"{output / 'curves.png'}\n{output / 'attention.png'}")
 
 
 def _check_counts(options: Translate) -> None:

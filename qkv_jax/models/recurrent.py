@@ -287,6 +287,10 @@ class Model(nnx.Module):
         read = jnp.tanh(self.readout(together))
         return dropout(read, self.config.dropout, rng)
 
+    def input_tables(self) -> list[Embedding]:
+        """The table of source and target tokens."""
+        return [self.embedding]
+
     def attention_layers(self) -> dict[str, RecurrentAttention]:
         """The attention layer by its name, "decoder.cross"."""
         return {name: self.cross for name in self.config.cross_layers}

@@ -310,6 +310,11 @@ class Model(nnx.Module):
                 terms.append(kind.option("penalty") * shares.mean())
         return sum(terms[1:], terms[0]) if terms else None
 
+    def input_tables(self) -> list[Embedding]:
+        """The tables of source and target tokens; where they share one, that."""
+        own = self.source_embedding
+        return [self.target_embedding] if own is None else [own, self.target_embedding]
+
     def attention_layers(self) -> dict[str, MultiHeadAttention]:
         """All attention layers by name: "encoder.0.attention", "decoder.1.cross", ..."""
         layers = {

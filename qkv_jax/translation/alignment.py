@@ -41,15 +41,26 @@ def align(
     Source: Garg et al. 2019, arXiv 1909.02074, section 3: the average over the heads of the
     last but one decoder layer, and of each target the likeliest source.
     """
-    mean = weights.mean(axis=0)
-    of_source, of_target = word_numbers(source), word_numbers(target)
-    joined = np.zeros((of_target.max(initial=-1) + 1, of_source.max(initial=-1) + 1))
-    rows, columns = np.flatnonzero(of_target >= 0), np.flatnonzero(of_source >= 0)
-    inside = mean[np.ix_(rows, columns)]
-    np.add.at(joined, (of_target[rows][:, None], of_source[columns][None]), inside)
-    pieces = np.bincount(of_target[rows], minlength=len(joined))
-    joined = joined / pieces[:, None]
-    return from_weights(joined)
+    return from_weights(between_words(weights.mean(axis=0), source, target))
+
+
+def between_words(
+    weights: np.ndarray, source: Sequence[str], target: Sequence[str]
+) -> np.ndarray:
+    """Attention (..., T, S) between pieces as that between words, (..., target, source words).
+
+    To a word goes what goes to all its pieces, and from a word the mean of what goes from them.
+
+    Source: Clark et al. 2019, arXiv 1906.04341, section 4.1.
+    """
+    of, to = _membership(target), _membership(source)
+    return of / of.sum(axis=1, keepdims=True) @ weights @ to.T
+
+
+def _membership(pieces: Sequence[str]) -> np.ndarray:
+    """(words, pieces): 1 where a piece is part of a word."""
+    numbers = word_numbers(pieces)
+    return (numbers == np.arange(numbers.max(initial=-1) + 1)[:, None]).astype(float)
 
 
 def from_weights(weights: np.ndarray) -> Alignment:
@@ -71,6 +82,16 @@ def word_numbers(pieces: Sequence[str]) -> np.ndarray:
             word, fresh = word + 1, False
         numbers[i] = word
     return numbers
+
+
+def words(pieces: Sequence[str]) -> list[str]:
+    """The words that pieces make."""
+    numbers = word_numbers(pieces)
+    found = [""] * (numbers.max(initial=-1) + 1)
+    for number, piece in zip(numbers, pieces):
+        if number >= 0:
+            found[number] += piece.lstrip("".join(MARKS))
+    return found
 
 
 def side_by_side(parts: Sequence[Alignment]) -> Alignment:

@@ -278,6 +278,9 @@ def _finish(
     else:
         drawer = translator
     if training.is_first():
+        # Imported here: matplotlib takes most of a second.
+        from qkv_jax.translation.draw import draw_run
+
         draw_run(directory, drawer, (corpus.test or corpus.train)[:50])
     scores, sections, cut = None, [], 0
     if corpus.test:
@@ -334,26 +337,6 @@ def evaluate_run(
     translations = [best[0].text for best in translator(sources)]
     found = score(translations, references, sources=sources, tokenize=tokenize)
     return found, translations
-
-
-def draw_run(directory: Path, translator: Translator, pairs: Sequence[Pair]) -> None:
-    """Draws curves.png, and attention.png of a sentence of middling length."""
-    from qkv_jax import viz
-
-    viz.plot_curves(directory / training.metrics.METRICS_FILE, directory / "curves.png")
-    usual = sorted(pairs, key=lambda pair: abs(len(pair[0].split()) - 8))
-    draw_attention(translator, usual[0][0], directory / "attention.png")
-
-
-def draw_attention(
-    translator: Translator, sentence: str, path: Path, *, layer: str | None = None
-) -> None:
-    """Draws a layer's attention for one sentence; the last cross-attention by default."""
-    from qkv_jax import viz  # Imported here: matplotlib takes most of a second.
-
-    layer = layer or translator.config.cross_layers[-1]
-    weights, looked_at, asks = translator.attention(sentence, layer=layer)
-    viz.plot_attention(weights, looked_at, asks, path, title=layer)
 
 
 def _model(

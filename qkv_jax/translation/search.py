@@ -141,7 +141,7 @@ def score(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "start", "layer"))
+@functools.partial(jax.jit, static_argnames=("graph", "start", "layers"))
 def attention(
     params: Any,
     source: Array,
@@ -149,11 +149,11 @@ def attention(
     *,
     graph: nnx.GraphDef,
     start: int,
-    layer: str,
-) -> Array:
-    """Weights (B, N, T, S) of a layer for sources (B, S) and targets (B, T)."""
+    layers: tuple[str, ...],
+) -> dict[str, Array]:
+    """Weights (B, N, T, S) of layers for sources (B, S) and targets (B, T)."""
     model = nnx.merge(graph, params)
-    return model.attention(source, shift(target, start), [layer])[layer]
+    return model.attention(source, shift(target, start), layers)
 
 
 def shift(target: Array, start: int) -> Array:

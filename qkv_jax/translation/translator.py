@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +33,7 @@ from qkv_jax.training import (
 from qkv_jax.training.distributed import fetch
 from qkv_jax.translation import search
 from qkv_jax.translation.alignment import Alignment, align, side_by_side
+from qkv_jax.translation.attention import PairAttention, pair_attention
 from qkv_jax.translation.config import DecodingConfig
 from qkv_jax.translation.models import ModelConfig, model_graph
 from qkv_jax.translation.overlong import split_text
@@ -279,35 +280,63 @@ class Translator:
             Weights (N, T, S) float32, and the pieces of the source (S) and of what asks (T):
             of the translation, or of the source for an encoder layer.
         """
-        (ids,) = self.tokenizer.encode_source([source])
-        source_ids = np.array([ids], np.int32)
+        layer = layer or self.config.cross_layers[-1]
+        found = self.watch(source, layers=[layer])
+        asks, seen = found.sides(layer)
+        return found.weights[layer], seen.pieces, asks.pieces
+
+    def watch(
+        self, source: str, *, layers: Sequence[str] | None = None
+    ) -> PairAttention:
+        """What the layers look at, all by default, while a sentence is translated."""
+        encoded = encode_sources([source], self.tokenizer)
+        width = min(int(encoded.lengths[0]), self.lengths[-1])
+        source_ids = encoded.rows(np.zeros(1, int), width)
         found = fetch(self.search(np.repeat(source_ids, batch_shares(self.mesh), 0)))
         target_ids = found.tokens[:1, 0, : found.lengths[0, 0]]
-        layer = layer or self.config.cross_layers[-1]
-        weights = np.asarray(self._attention(source_ids, target_ids, layer))[0]
-        encoder, cross = layer.startswith("encoder"), layer.endswith("cross")
-        source_pieces = self.tokenizer.source_pieces(source_ids[0].tolist())
-        asks = self.tokenizer.target_pieces(target_ids[0].tolist())
-        if encoder:
-            return weights, source_pieces, source_pieces
-        shifted = [self.ids.start, *target_ids[0, :-1].tolist()]
-        seen = source_pieces if cross else self.tokenizer.target_pieces(shifted)
-        return weights, seen, asks
+        (_, watched), *_ = self._watched(
+            np.zeros(1, int), source_ids, target_ids, layers
+        )
+        return watched
+
+    def watch_pairs(
+        self, pairs: Sequence[Pair], *, layers: Sequence[str] | None = None
+    ) -> Iterator[tuple[int, PairAttention]]:
+        """What the layers look at, all by default, where each target is what is predicted.
+
+        Comes with its index in pairs, in another order. Long sides are cut as by `score`.
+        """
+        for indices, batch in self._pair_batches(encode_pairs(pairs, self.tokenizer)):
+            stop_point()
+            yield from self._watched(indices, batch["source"], batch["target"], layers)
 
     @property
     def attention_layers(self) -> list[str]:
         """Names of the model's attention layers."""
         return list(nnx.merge(self.graphs[0], self.params[0]).attention_layers())
 
-    def _attention(self, source: np.ndarray, target: Any, layer: str) -> jax.Array:
-        return search.attention(
+    def _watched(
+        self,
+        indices: np.ndarray,
+        source: np.ndarray,
+        target: np.ndarray,
+        layers: Sequence[str] | None,
+    ) -> Iterator[tuple[int, PairAttention]]:
+        """Of the rows of a batch, those in use."""
+        names = tuple(self.attention_layers if layers is None else layers)
+        found = search.attention(
             self.params[0],
             source,
             target,
             graph=self.graphs[0],
             start=self.ids.start,
-            layer=layer,
+            layers=names,
         )
+        weights = {name: np.asarray(found[name], np.float32) for name in names}
+        for row in np.flatnonzero(indices >= 0):
+            own = {name: x[row] for name, x in weights.items()}
+            pair = pair_attention(self.tokenizer, source[row], target[row], own)
+            yield int(indices[row]), pair
 
     def _parts(self, text: str) -> list[str]:
         """What of a sentence is translated: all of it, its parts, or nothing."""
@@ -428,31 +457,14 @@ class Translator:
         """Adds alignments to the translations of a batch, one rank after the other."""
         layer = self.config.cross_layers[-2:][0]
         for rank in range(max(len(results[i]) for i in indices if i >= 0)):
-            weights = np.asarray(
-                self._attention(source, found.tokens[:, rank], layer), np.float32
-            )
-            for row, index in enumerate(indices):
-                if index >= 0 and rank < len(results[index]):
-                    target = found.tokens[row, rank, : found.lengths[row, rank]]
-                    aligned = self._aligned(weights[row], source[row], target)
-                    results[index][rank] = results[index][rank]._replace(
-                        alignment=aligned
+            used = np.array([i if rank < len(results[i]) else -1 for i in indices])
+            target = np.asarray(found.tokens[:, rank])
+            for index, watched in self._watched(used, source, target, [layer]):
+                results[index][rank] = results[index][rank]._replace(
+                    alignment=align(
+                        watched.weights[layer], watched.source.text, watched.target.text
                     )
-
-    def _aligned(
-        self, weights: np.ndarray, source: np.ndarray, target: Any
-    ) -> Alignment:
-        source = source[source != self.ids.pad]
-        text = source[: len(source) - len(self.tokenizer.source_ending)].tolist()
-        begun = len(self.tokenizer.source_beginning)
-        special = {*self.ids.never, self.ids.eos, *self.tokenizer.prefix}
-        pieces = self.tokenizer.target_pieces(target.tolist())
-        shown = ["" if i in special else x for i, x in zip(target.tolist(), pieces)]
-        return align(
-            weights[:, : len(target), : len(text)],
-            ["" for _ in text[:begun]] + self.tokenizer.source_pieces(text)[begun:],
-            shown,
-        )
+                )
 
 
 def _join(parts: Sequence[Sequence[Translation]]) -> list[Translation]:

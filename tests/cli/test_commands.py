@@ -74,20 +74,6 @@ def test_a_cut_sentence_is_reported_beside_its_translation(trained, capfd):
     assert "1 of 2 sentences were longer than 24 tokens" in printed.err
 
 
-def test_plot_draws_into_a_directory_of_choice(trained, tmp_path, ask):
-    before = toy.contents(trained)
-    options = ["--text", "one two", "--layer", "encoder.0.attention"]
-    lines = ask("plot", trained, *options, "--output", tmp_path / "a" / "b")
-    assert [Path(line).name for line in lines] == ["curves.png", "attention.png"]
-    assert all(Path(line).read_bytes().startswith(b"\x89PNG") for line in lines)
-    assert toy.contents(trained) == before
-
-
-def test_plot_draws_a_held_out_sentence_by_default(trained, tmp_path, ask):
-    lines = ask("plot", trained, "--output", tmp_path)
-    assert all(Path(line).exists() for line in lines)
-
-
 def test_find_lr_suggests_a_rate_for_any_task_and_writes_a_picture_alone(
     tmp_path, monkeypatch, ask, fail
 ):
@@ -129,6 +115,7 @@ COMMANDS = [
     ["compare"],
     ["translate"],
     ["plot"],
+    ["align"],
     ["demo"],
 ]
 

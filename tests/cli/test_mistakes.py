@@ -114,8 +114,7 @@ def test_a_directory_that_is_no_model_is_refused(tmp_path, monkeypatch, fail, co
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\n")))
     assert "it has no config.json." in fail(command, tmp_path)
     (tmp_path / "model.npz").write_bytes(b"")
-    if command != "plot":
-        assert f"qkv-jax import {tmp_path} OUT" in fail(command, tmp_path)
+    assert f"qkv-jax import {tmp_path} OUT" in fail(command, tmp_path)
     absent = tmp_path / "none"
     message = fail(command, absent)
     assert message.startswith(f"{absent} is no")
@@ -165,7 +164,6 @@ def test_a_file_cut_short_is_named_and_nothing_is_changed(
         ("compare RUN TMP/none", "none is no directory"),
         ("compare RUN TMP/none --metrics blue", "--metrics must be of bleu"),
         ("compare RUN TMP/none --level 5", "--level must be in (0, 1); got 5.0"),
-        ("plot RUN --layer decoder.0.cros", "did you mean decoder.0.cross?"),
         ("train", "train needs an experiment file"),
         ("bogus", "unknown command 'bogus'"),
     ],

@@ -172,3 +172,24 @@ def test_a_wrong_use_of_a_model_is_one_line(say, tmp_path, monkeypatch, words, m
     (line,) = say(*words.split(), fails=True)
     assert message in line
     assert not list(tmp_path.iterdir())
+
+
+def test_an_imported_model_is_looked_at(places, tmp_path, ask, fail):
+    model = places / "in"
+    what = ["--what", "heads", "page", "--output", str(tmp_path)]
+    assert "is no run, which has text" in fail("plot", model, *what)
+    assert "is no run, which has curves" in fail("plot", model, "--what", "curves")
+    files = [
+        "--source",
+        places / "corpus/test.en",
+        "--target",
+        places / "corpus/test.de",
+    ]
+    lines = ask("plot", model, *what, *files, "--sentences", "4")
+    assert [Path(line).name for line in lines] == [
+        "page.html",
+        "heads.png",
+        "heads.tsv",
+    ]
+    links = ask("align", model, *files)
+    assert len(links) == toy.PARTS["test"] and all("-" in line for line in links)

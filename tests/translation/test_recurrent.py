@@ -3,12 +3,13 @@
 import dataclasses
 import re
 
+import numpy as np
 import pytest
 
 from qkv_jax.interop import InteropError
 from qkv_jax.models import recurrent
 from qkv_jax.training import MeshConfig, RunError
-from qkv_jax.translation import load_run, read_run
+from qkv_jax.translation import draw, load_run, read_run
 from qkv_jax.translation.exchange import export_model
 from tests.translation import toy
 
@@ -43,6 +44,19 @@ def test_its_run_is_read_back_and_translates(config, result):
     assert translator.attention_layers == ["decoder.cross"]
     (best, *_), _ = translator(["one two three", ""], align=True, n_best=2)
     assert re.fullmatch(r"(\d+-\d+ ?)*", best.alignment.pharaoh)
+
+
+def test_its_alignment_and_its_one_table_are_drawn(config, result, tmp_path):
+    translator = load_run(config.run.directory)
+    watched = translator.watch("one two three")
+    weights = watched.weights["decoder.cross"]
+    assert weights.shape == (1, len(watched.target.ids), len(watched.source.ids))
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
+    draw.draw_alignment(watched, tmp_path / "a.png", layer="decoder.cross")
+    counts = draw.count_tokens(translator, [("one two", "two one"), ("three", "three")])
+    assert counts[0].sum() == counts[1].sum() > 0
+    draw.draw_embeddings(translator, counts, tmp_path / "b.png")
+    assert (tmp_path / "a.png").exists() and (tmp_path / "b.png").exists()
 
 
 def test_what_is_of_transformers_is_refused(config, result, tmp_path):

@@ -9,6 +9,8 @@ from qkv_jax.training import MeshConfig, make_mesh
 from qkv_jax.training.distributed import fetch
 from qkv_jax.translation import Wishes, load_run, load_translator
 from qkv_jax.translation import translator as module
+from qkv_jax.translation.alignment import align
+from qkv_jax.translation.attention import pair_attention
 from tests.translation import toy
 
 LAYERS = {
@@ -153,7 +155,9 @@ def test_scores_do_not_depend_on_company(translator, sentences):
 def test_an_alignment_has_a_row_for_each_word(translator):
     source, target = translator.tokenizer.encode_source(["one two", "zero three four"])
     weights = np.random.default_rng(0).random((2, len(target) + 3, len(source) + 3))
-    found = translator._aligned(weights, np.array([*source, 0, 0, 0]), np.array(target))
+    rows = [np.array([*row, 0, 0, 0]) for row in (source, target)]
+    pair = pair_attention(translator.tokenizer, *rows, {"decoder.0.cross": weights})
+    found = align(pair.weights["decoder.0.cross"], pair.source.text, pair.target.text)
     assert found.weights.shape == (3, 2)
     assert sorted(target for _, target in found.pairs) == [0, 1, 2]
 
