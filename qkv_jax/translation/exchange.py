@@ -52,7 +52,7 @@ def export_model(
         raise InteropError(
             "quantization is of CTranslate2: export to it, or leave it out."
         )
-    start = load_start(model, checkpoint=checkpoint, languages=languages)
+    start = load_start(model, checkpoint=checkpoint, languages=languages).in_float()
     with tempfile.TemporaryDirectory() as temporary:
         start.tokenizer.save(temporary)
         files = sorted(Path(temporary).iterdir())

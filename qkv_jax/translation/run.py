@@ -12,16 +12,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qkv_jax import data, training
+from qkv_jax.compression import Quantisation, imitate
 from qkv_jax.data import BOS, EOS, EncodedPairs, Pair, SentenceTokenizer
 from qkv_jax.models import seq2seq
 from qkv_jax.training.losses import projected_cross_entropy
 from qkv_jax.translation.config import TranslationConfig
 from qkv_jax.translation.evaluate import Scores, score
 from qkv_jax.translation.models import (
+    FLOAT,
     ModelConfig,
     check_mesh,
     init_params,
     model_graph,
+    quantised_params,
 )
 from qkv_jax.translation.search import shift
 from qkv_jax.translation.start import (
@@ -117,6 +120,7 @@ def make_loss(
     *,
     start: int = BOS,
     eos: int = EOS,
+    quantise: Quantisation = FLOAT,
 ) -> training.step.LossFn:
     """The loss of `training.train` for this model: sums over the real target tokens.
 
@@ -124,11 +128,14 @@ def make_loss(
         config: of the model.
         label_smoothing: share of the target distribution spread over all subwords.
         start, eos: ids that targets start from and end with.
+        quantise: what the model is rounded to.
     """
     graph = model_graph(config)
 
     def loss_fn(params, batch, rng):
         model, target = nnx.merge(graph, params), batch["target"]
+        if quantise.weights is not None:
+            imitate(model, quantise)
         shifted = shift(target, start)
         segments = None
         if "target_segments" in batch:
@@ -290,7 +297,11 @@ def _loss(
     config: TranslationConfig, model: ModelConfig, tokenizer: SentenceTokenizer
 ) -> training.step.LossFn:
     return make_loss(
-        model, config.label_smoothing, start=tokenizer.start, eos=tokenizer.eos
+        model,
+        config.label_smoothing,
+        start=tokenizer.start,
+        eos=tokenizer.eos,
+        quantise=config.quantise,
     )
 
 
@@ -326,10 +337,11 @@ def _validation(
         if shown:
             translator = Translator(
                 model,
-                params,
+                quantised_params(model, params, config.quantise),
                 prepared.tokenizer,
                 decoding=greedy,
                 mesh=mesh,
+                quantisation=config.quantise,
             )
             means["bleu"] = evaluate_run(translator, shown)[0].bleu
         return means

@@ -172,3 +172,21 @@ def test_a_wrong_use_of_a_model_is_one_line(say, tmp_path, monkeypatch, words, m
     (line,) = say(*words.split(), fails=True)
     assert message in line
     assert not list(tmp_path.iterdir())
+
+
+def test_compressed_models_translate_and_are_evaluated(say, places):
+    said = say("compress", "run", str(places / "small"), "--weights", "int8")
+    assert re.match(r"[\d,]+ parameters, [\d,]+ bytes of weights", said[0])
+    assert len(say("translate", "small", "one two", "nine")) == 2
+    assert any("chrf" in line for line in say("evaluate", "small"))
+    (error,) = say(
+        "compress",
+        "run",
+        "out",
+        "--weights",
+        "int4",
+        "--activations",
+        "int8",
+        fails=True,
+    )
+    assert "one scale an output" in error
