@@ -150,16 +150,15 @@ class Model(nnx.Module):
             else None
         )
         self.source_positions, self.target_positions = positions(), positions()
-        encoder, decoder = _kinds(config, "encoder"), _kinds(config, "decoder")
-        self.encoder_bias = bias(encoder["attention"]["heads"])
-        self.decoder_bias = bias(decoder["attention"]["heads"])
+        self.encoder_bias = bias(config.side("encoder")[0])
+        self.decoder_bias = bias(config.side("decoder")[0])
         self.encoder = nnx.List(
-            EncoderBlock(config.d_model, **encoder, rngs=rngs)
-            for _ in range(config.encoder_layers)
+            EncoderBlock(config.d_model, **_kinds(config, f"encoder.{i}"), rngs=rngs)
+            for i in range(config.encoder_layers)
         )
         self.decoder = nnx.List(
-            DecoderBlock(config.d_model, **decoder, rngs=rngs)
-            for _ in range(config.decoder_layers)
+            DecoderBlock(config.d_model, **_kinds(config, f"decoder.{i}"), rngs=rngs)
+            for i in range(config.decoder_layers)
         )
         self.encoder_norm = norm() if config.norm == "pre" else None
         self.decoder_norm = norm() if config.norm == "pre" else None
@@ -342,12 +341,13 @@ class Model(nnx.Module):
         self, memory: Array, source_lengths: Array, *, hypotheses: int, steps: int
     ) -> Cache:
         """An empty cache for `steps` steps of `hypotheses` (Z) prefixes of each row of memory."""
-        config, batch = self.config, memory.shape[0]
-        _, heads, size, _ = config.side("decoder")
+        batch, slots = memory.shape[0], steps * hypotheses
         return Cache(
             layers=tuple(
-                KVCache.zeros(batch, steps * hypotheses, heads, size, memory.dtype)
-                for _ in self.decoder
+                KVCache.zeros(
+                    batch, slots, *block.attention.key.out_features, memory.dtype
+                )
+                for block in self.decoder
             ),
             memory=tuple(block.cross.remember(memory) for block in self.decoder),
             source_lengths=source_lengths,
@@ -382,12 +382,17 @@ def _positions(tokens: Array, segments: Array | None) -> Array:
     return segment_positions(segments)
 
 
-def _kinds(config: Config, side: Literal["encoder", "decoder"]) -> dict[str, Any]:
-    """The arguments of a side's sublayers."""
-    heads, kv_heads, size, width = config.side(side)
+def _kinds(config: Config, name: str) -> dict[str, Any]:
+    """The arguments of the sublayers of a block, such as "decoder.0"."""
+    side: Literal["encoder", "decoder"] = (
+        "encoder" if name.startswith("encoder") else "decoder"
+    )
+    _, _, size, width = config.side(side)
     dtype = jnp.dtype(config.dtype)
-    return {
-        "attention": {
+
+    def attention(part: str) -> dict[str, Any]:
+        heads, kv_heads = config.heads_of(f"{name}.{part}")
+        return {
             "heads": heads,
             "kv_heads": kv_heads,
             "head_size": size,
@@ -396,7 +401,10 @@ def _kinds(config: Config, side: Literal["encoder", "decoder"]) -> dict[str, Any
             "dropout_rate": config.attention_dropout,
             "context": config.context,
             "dtype": dtype,
-        },
+        }
+
+    parts = ("attention",) if side == "encoder" else ("attention", "cross")
+    return {part: attention(part) for part in parts} | {
         "feed_forward": {
             "d_ff": width,
             "activation": config.activation,
