@@ -17,6 +17,7 @@ USAGE = f"""usage: {PROGRAM} COMMAND ...
                                  operation that makes a NaN)
   evaluate MODEL [OPTIONS]       BLEU and chrF of a model on held-out text; a task's own metrics
   translate MODEL [TEXT ...]     translate arguments, a file, or standard input
+  back-translate MODEL [OPTIONS] training pairs from text in the target language alone
   score MODEL [OPTIONS]          log-probabilities that a model gives to translations
   plot RUN [OPTIONS]             draw a run's curves and attention
   plan FILE [OPTIONS]            memory, traffic and time of a step on a mesh, before it is rented
@@ -36,6 +37,7 @@ COMMANDS = {
     "train": "training",
     "evaluate": "translating",
     "translate": "translating",
+    "back-translate": "back_translation",
     "score": "translating",
     "plot": "translating",
     "plan": "training",
@@ -64,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if whole_process:
             keep_programs(cache_directory() / "programs")
         module = importlib.import_module(f"qkv_jax.cli.{COMMANDS[name]}")
-        getattr(module, name if name != "import" else "import_model")(arguments[1:])
+        function = name.replace("-", "_") if name != "import" else "import_model"
+        getattr(module, function)(arguments[1:])
     except (UsageError, DataError, InteropError, RunError, FloatingPointError) as error:
         # FloatingPointError: --debug-nans.
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -17,7 +17,7 @@ class Use:
         model: directory of a run, of an imported or published model, or a name on the hub.
         ensemble: more models, which decide with it by the mean of their log-probabilities.
         checkpoint: of a run: a step, "best", "latest" or "average"; default as it is configured.
-        source_language, target_language: of a published model for several, such as "eng_Latn".
+        source_language, target_language: of a model for several, such as "eng_Latn" or "de".
         source_prefix: text before every source, such as "translate English to German: ".
         alpha: of the length penalty.
         max_source: tokens of the longest source; a longer one is cut, or as --overlong says.
@@ -170,6 +170,21 @@ def load_model(options: Use, *, n_best: int = 1) -> Any:
         n_best=n_best,
         **given,
     )
+
+
+def check_language(options: Use) -> None:
+    """Sources that carry no tag need the language that a multilingual run is to translate into."""
+    from qkv_jax.data import MultilingualData
+    from qkv_jax.translation import is_run, read_run
+
+    if options.target_language is not None or not is_run(options.model):
+        return
+    known = read_run(options.model).data
+    if isinstance(known, MultilingualData) and known.symbols:
+        raise UsageError(
+            f"{options.model} translates into {' and '.join(known.targets)}: choose one by "
+            "--target-language"
+        )
 
 
 def checkpoint_of(text: str | None) -> Any:

@@ -1,5 +1,6 @@
 """Commands that use a model: translate, evaluate, score, plot."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -12,6 +13,7 @@ from qkv_jax.cli.options import (
     Plot,
     Score,
     Translate,
+    check_language,
     checkpoint_of,
     load_model,
 )
@@ -36,13 +38,15 @@ def evaluate(arguments: list[str]) -> None:
     options = parse("evaluate", Evaluate, arguments)
     from qkv_jax.data import read_pairs
     from qkv_jax.tasks import is_task
-    from qkv_jax.translation import evaluate_run, is_run, read_run
+    from qkv_jax.translation import evaluate_run, is_run
 
     if is_task(options.model):
         _evaluate_task(options)
         return
     if (options.source is None) != (options.reference is None):
         raise UsageError("--source and --reference go together")
+    if options.source is not None:
+        check_language(options)
     translator = load_model(options)
     if options.source is None and not is_run(options.model):
         raise UsageError(
@@ -51,7 +55,7 @@ def evaluate(arguments: list[str]) -> None:
     if options.source is not None:
         pairs = read_pairs(options.source, options.reference)
     else:
-        pairs = getattr(read_run(options.model).data.load(), options.split)
+        pairs = getattr(_own_data(options).load(), options.split)
     if not pairs:
         raise UsageError(
             f"the run's corpus has no {options.split} part: give --source and --reference"
@@ -68,6 +72,19 @@ def evaluate(arguments: list[str]) -> None:
         f"{'length_ratio':>20} {scores.length_ratio:6.3f}   {len(pairs):,} sentences in batches "
         f"of {len(translator.shapes)} shapes"
     )
+
+
+def _own_data(options: Evaluate) -> Any:
+    """The data of a run; of a multilingual one, for the languages asked for, without tags."""
+    from qkv_jax.data import MultilingualData
+    from qkv_jax.translation import read_run
+
+    own = read_run(options.model).data
+    if options.target_language is None or not isinstance(own, MultilingualData):
+        return own
+    source, target = options.source_language, options.target_language
+    kept = [p for p in own.pairs if p[1] == target and source in (None, p[0])]
+    return dataclasses.replace(own, pairs=tuple(kept))
 
 
 def _evaluate_task(options: Evaluate) -> None:
@@ -111,6 +128,7 @@ def translate(arguments: list[str]) -> None:
         and [[part for part in line.split("\t") if part.strip()] for line in phrases],
         banned=options.banned,
     )
+    check_language(options)
     translator = load_model(options, n_best=options.n_best)
     found = translator(
         sentences, n_best=options.n_best, align=options.align, wishes=wishes
@@ -124,6 +142,7 @@ def score(arguments: list[str]) -> None:
     options = parse("score", Score, arguments)
     from qkv_jax.data import read_pairs
 
+    check_language(options)
     translator = load_model(options)
     pairs = read_pairs(options.source, options.target)
     found = translator.score(pairs)

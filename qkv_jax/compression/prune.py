@@ -39,7 +39,9 @@ class Pruning:
     def __post_init__(self):
         for name in ("heads", "feed_forward"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be in [0, 1); got {getattr(self, name)}.")
+                raise ValueError(
+                    f"{name} must be in [0, 1); got {getattr(self, name)}."
+                )
         for name in ("encoder_layers", "decoder_layers"):
             count = getattr(self, name)
             if count is not None and count < 1:
@@ -181,7 +183,10 @@ def keep_layers(
             setattr(model, side, nnx.List(blocks[:i] + blocks[i + 1 :]))
             graph, params = nnx.split(model, nnx.Param)
             costs.append(sum(float(_loss(graph, params, x, loss)) for x in batches))
-        least = min(range(len(blocks)), key=lambda i: math.inf if math.isnan(costs[i]) else costs[i])
+        least = min(
+            range(len(blocks)),
+            key=lambda i: math.inf if math.isnan(costs[i]) else costs[i],
+        )
         setattr(model, side, nnx.List(blocks[:least] + blocks[least + 1 :]))
         del places[least]
     return places

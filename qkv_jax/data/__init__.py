@@ -26,6 +26,10 @@ from qkv_jax.data.hub import read_hub as read_hub
 from qkv_jax.data.labelled_text import LabelledCsv as LabelledCsv
 from qkv_jax.data.labelled_text import LabelledDocuments as LabelledDocuments
 from qkv_jax.data.labelled_text import WordFeatures as WordFeatures
+from qkv_jax.data.multilingual import BACK_TRANSLATED as BACK_TRANSLATED
+from qkv_jax.data.multilingual import MultilingualData as MultilingualData
+from qkv_jax.data.multilingual import language_tag as language_tag
+from qkv_jax.data.multilingual import tagged as tagged
 from qkv_jax.data.parallel import Corpus as Corpus
 from qkv_jax.data.parallel import Pair as Pair
 from qkv_jax.data.parallel import read_pairs as read_pairs

@@ -21,12 +21,14 @@ class Corpus:
         valid: held out, to choose checkpoints by; may be empty.
         test: held out, to report on; may be empty.
         report: what was read and dropped; prints as one line. None: nothing to say.
+        symbols: texts that are one piece each of the vocabulary, such as tags of languages.
     """
 
     train: list[Pair]
     valid: list[Pair]
     test: list[Pair]
     report: object | None = None
+    symbols: tuple[str, ...] = ()
 
 
 _TSV = {".tsv", ".tab", ".txt"}

@@ -33,6 +33,7 @@ class SentenceTokenizer(Protocol):
         eos: id that ends a target.
         unk: id of what is not in the vocabulary, or None.
         prefix: ids that every target begins with, such as its language's.
+        source_beginning: ids that every source begins with, such as its language's.
         source_ending: ids that every source ends with, cut or not.
         never: ids that are never generated.
         source_size, target_size: V of each side.
@@ -55,6 +56,9 @@ class SentenceTokenizer(Protocol):
     def prefix(self) -> tuple[int, ...]: ...
 
     @property
+    def source_beginning(self) -> tuple[int, ...]: ...
+
+    @property
     def source_ending(self) -> tuple[int, ...]: ...
 
     @property
@@ -70,7 +74,7 @@ class SentenceTokenizer(Protocol):
     def digest(self) -> str: ...
 
     def encode_source(self, sentences: Sequence[str]) -> list[list[int]]:
-        """All ids of each source, `source_ending` included."""
+        """All ids of each source, `source_beginning` and `source_ending` included."""
         ...
 
     def encode_target(self, sentences: Sequence[str]) -> list[list[int]]:
@@ -102,9 +106,11 @@ class Tokenizer:
 
     Args:
         model: the bytes of a SentencePiece model file.
+        tag: what stands before every source, such as a language's tag; a piece of the vocabulary.
 
     Raises:
         DataError: the bytes are no SentencePiece model, or one with other special ids.
+        ValueError: the vocabulary lacks the tag.
     """
 
     pad, start, eos, unk = PAD, BOS, EOS, UNK
@@ -112,7 +118,7 @@ class Tokenizer:
     source_ending: tuple[int, ...] = (EOS,)
     never: tuple[int, ...] = (PAD, BOS, UNK)
 
-    def __init__(self, model: bytes):
+    def __init__(self, model: bytes, *, tag: str | None = None):
         try:
             if not model:
                 raise RuntimeError("the model is empty")
@@ -130,8 +136,12 @@ class Tokenizer:
                 f"the tokenizer must have pad, bos, eos and unk at 0, 1, 2 and 3; "
                 f"got {ids}: train it with --pad_id=0 --bos_id=1 --eos_id=2 --unk_id=3"
             )
+        if tag is not None and processor.piece_to_id(tag) == UNK:
+            raise ValueError(f"the vocabulary has no piece {tag!r}")
         self._model = model
         self._processor = processor
+        ids = [] if tag is None else processor.encode(tag, out_type=int)
+        self.source_beginning: tuple[int, ...] = tuple(ids)
 
     @property
     def vocab_size(self) -> int:
@@ -158,10 +168,16 @@ class Tokenizer:
         return self._processor.encode(list(sentences), out_type=int)
 
     def encode_source(self, sentences: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each sentence, after the tag, and EOS."""
+        return [[*self.source_beginning, *ids, EOS] for ids in self.encode(sentences)]
+
+    def encode_target(self, sentences: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each sentence, and EOS."""
         return [[*ids, EOS] for ids in self.encode(sentences)]
 
-    encode_target = encode_source
+    def tagged(self, tag: str) -> "Tokenizer":
+        """Return the same tokenizer, with a tag before every source."""
+        return Tokenizer(self._model, tag=tag)
 
     def decode(self, sequences: Iterable[Sequence[int]]) -> list[str]:
         """Return the text of each sequence, up to its first EOS, special ids left out.
@@ -223,6 +239,7 @@ def train_tokenizer(
     model_type: str = "unigram",
     normalization: str = "identity",
     character_coverage: float = 0.9995,
+    symbols: Sequence[str] = (),
     directory: str | PathLike[str] | None = None,
 ) -> Tokenizer:
     """Return the tokenizer for a corpus, trained now or taken from the cache.
@@ -241,6 +258,7 @@ def train_tokenizer(
             which makes noisy text easier, but changes what BLEU compares.
         character_coverage: the share of characters that get a piece of their own,
             0.98 to 1; the rest are written as bytes.
+        symbols: texts that are one piece each, wherever they stand, such as tags.
         directory: where models are kept. None: `tokenizers` in the user's cache.
 
     Raises:
@@ -266,6 +284,8 @@ def train_tokenizer(
         "normalization_rule_name": normalization,
         "character_coverage": character_coverage,
     }
+    if symbols:
+        settings["user_defined_symbols"] = list(symbols)
     directory = Path(directory) if directory else cache_directory() / "tokenizers"
     path = directory / f"{_fingerprint(sentences, settings)}.model"
     if path.exists():

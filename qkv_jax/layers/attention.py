@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qkv_jax.layers.kinds import SOFTMAX, AttentionKind, directions, whole_keys
 from qkv_jax.ops import (
     Ancestry,
     ContextMethod,
@@ -11,7 +12,13 @@ from qkv_jax.ops import (
     Mask,
     Score,
     attention_weights,
+    causal_linear_attention,
+    dot_product_attention,
+    entmax_attention,
+    linear_attention,
     mesh_attention,
+    performer_attention,
+    scores,
 )
 from qkv_jax.ops.axes import shares
 
@@ -36,6 +43,7 @@ class MultiHeadAttention(nnx.Module):
         bias: bool = True,
         dropout_rate: float = 0.0,
         context: ContextMethod = "auto",
+        kind: AttentionKind = SOFTMAX,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -51,9 +59,12 @@ class MultiHeadAttention(nnx.Module):
             dropout_rate: on the attention weights.
             context: how the lengths of whole sequences are shared out, on a mesh whose axis
                 "context" is larger than 1; see `context_parallel_attention`.
+            kind: of attention, and its sizes.
             dtype: of the computation; parameters are float32.
             rngs: stream "params" draws the parameters (Glorot uniform).
         """
+        if dropout_rate and not kind.drops_weights:
+            raise ValueError(f"there is no dropout on the weights of {kind.name!r}.")
         kv_heads = heads if kv_heads is None else kv_heads
         if (head_size is None and d_model % heads) or heads % kv_heads:
             raise ValueError(
@@ -76,7 +87,7 @@ class MultiHeadAttention(nnx.Module):
 
         self.query = project(heads, "heads")
         self.key = project(kv_heads, "kv_heads")
-        self.value = project(kv_heads, "kv_heads")
+        self.value = None if kind.share_key_value else project(kv_heads, "kv_heads")
         self.out = nnx.LinearGeneral(
             (heads, size),
             d_model,
@@ -88,6 +99,18 @@ class MultiHeadAttention(nnx.Module):
             bias_metadata={"axes": ("embed",)},
             rngs=rngs,
         )
+        if kind.name == "linformer":
+            rank, longest = kind.option("rank"), kind.option("longest")
+            mixing = nnx.initializers.normal(rank**-0.5)(
+                rngs.params(), (longest, rank), jnp.float32
+            )
+            self.mixing = nnx.Param(mixing, axes=(None, None))
+        # Where each starts: alpha at 1.5, spans at half of the longest.
+        if kind.name == "entmax":
+            self.alpha = nnx.Param(jnp.zeros(heads), axes=("heads",))
+        if kind.name == "adaptive_span":
+            self.span = nnx.Param(jnp.zeros(heads), axes=("heads",))
+        self.kind = kind
         self.scale = scale
         self.dropout_rate = dropout_rate
         self.context: ContextMethod = context
@@ -111,13 +134,53 @@ class MultiHeadAttention(nnx.Module):
             score: a rule on the scores.
             rng: draws the weights' dropout; None: no dropout.
         """
+        keys = [self.key] if self.value is None else [self.key, self.value]
         if memory is None:
-            query, key, value = _products([self.query, self.key, self.value], x)
+            query, *made = _products([self.query, *keys], x)
         else:
-            (query,) = _products([self.query], x)
-            key, value = _products([self.key, self.value], memory)
+            (query,), made = _products([self.query], x), _products(keys, memory)
+        key, value = made[0], made[-1]
         self._record(query, key, mask, score)
-        heads = mesh_attention(
+        return self.out(self._whole(query, key, value, mask, score, rng))
+
+    def remember(self, memory: Array) -> KVCache:
+        """Keys and values of memory (B, S, D), to attend to many times."""
+        return KVCache.of(*self._key_value(memory))
+
+    def span_share(self) -> Array:
+        """Of "adaptive_span": the share of the longest span that each head looks at, (N,)."""
+        return jax.nn.sigmoid(self.span[...])
+
+    def _key_value(self, x: Array) -> tuple[Array, Array]:
+        key = self.key(x)
+        return key, key if self.value is None else self.value(x)
+
+    def _own_score(self) -> Score | None:
+        """What the kind does with scores."""
+        if self.kind.name != "adaptive_span":
+            return None
+        spans = self.span_share() * self.kind.option("longest")
+        return scores.adaptive_span(spans, self.kind.option("ramp"))
+
+    def _whole(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        mask: Mask | None,
+        score: Score | None,
+        rng: Array | None,
+    ) -> Array:
+        """The attention of whole sequences: (B, T, N, E)."""
+        if not self.kind.takes_any_mask:
+            return self._maskless(query, key, value, mask, score)
+        mask, score = _both(self.kind.mask(), mask), _chain(score, self._own_score())
+        if self.kind.name == "entmax":
+            alpha = 1.0 + jax.nn.sigmoid(self.alpha[...])
+            return entmax_attention(
+                query, key, value, alpha, mask=mask, score=score, scale=self.scale
+            )
+        return mesh_attention(
             query,
             key,
             value,
@@ -128,11 +191,45 @@ class MultiHeadAttention(nnx.Module):
             dropout_rng=rng,
             method=self.context,
         )
-        return self.out(heads)
 
-    def remember(self, memory: Array) -> KVCache:
-        """Keys and values of memory (B, S, D), to attend to many times."""
-        return KVCache.of(self.key(memory), self.value(memory))
+    def _maskless(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        mask: Mask | None,
+        score: Score | None,
+    ) -> Array:
+        if score is not None:
+            raise NotImplementedError(
+                f"{self.kind.name!r} has no scores to apply a rule to."
+            )
+        B, S = key.shape[:2]
+        causal, there = whole_keys(mask, B, S)
+        if self.kind.name == "linear":
+            attend = causal_linear_attention if causal else linear_attention
+            return attend(query, key, value, key_mask=there)
+        if self.kind.name == "performer":
+            return performer_attention(
+                query,
+                key,
+                value,
+                self._directions(query),
+                causal=causal,
+                key_mask=there,
+            )
+        if causal or S > len(self.mixing[...]):
+            raise NotImplementedError(
+                f"'linformer' mixes at most {len(self.mixing[...])} keys, those to come too; got {S}"
+                + (", and a causal mask." if causal else ".")
+            )
+        mixing = self.mixing[...][:S].astype(key.dtype)
+        if there is not None:
+            mixing = jnp.where(there[..., None], mixing, 0)
+        else:
+            mixing = jnp.broadcast_to(mixing, (B, *mixing.shape))
+        key, value = (jnp.einsum("BSKH,BSR->BRKH", x, mixing) for x in (key, value))
+        return dot_product_attention(query, key, value, scale=self.scale)
 
     def attend(
         self,
@@ -153,14 +250,29 @@ class MultiHeadAttention(nnx.Module):
         )
         return self.out(heads)
 
+    def _directions(self, query: Array) -> Array:
+        return jnp.asarray(directions(self.kind.option("features"), query.shape[3]))
+
     def _record(
         self, query: Array, key: Array, mask: Mask | None, score: Score | None
     ) -> None:
-        if self.record:
+        if not self.record:
+            return
+        if self.kind.takes_any_mask and self.kind.name != "entmax":
             weights = attention_weights(
-                query, key, mask=mask, score=score, scale=self.scale
+                query,
+                key,
+                mask=_both(self.kind.mask(), mask),
+                score=_chain(score, self._own_score()),
+                scale=self.scale,
             )
-            self.weights = nnx.Intermediate(weights)
+        else:  # What each key's own unit vector as its value gives.
+            B, S, K, _ = key.shape
+            unit = jnp.broadcast_to(jnp.eye(S)[None, :, None], (B, S, K, S))
+            query, key = query.astype(jnp.float32), key.astype(jnp.float32)
+            found = self._whole(query, key, unit, mask, score, None)
+            weights = found.transpose(0, 2, 1, 3)
+        self.weights = nnx.Intermediate(weights)
 
     def step(
         self,
@@ -171,9 +283,45 @@ class MultiHeadAttention(nnx.Module):
     ) -> tuple[Array, KVCache]:
         """One step of decoding: x (B, Z, D), one position of each of Z hypotheses a row."""
         at = ancestry.step * x.shape[1]
-        cache = cache.write(self.key(x), self.value(x), at)
-        filled = at + x.shape[1]
-        return self.attend(x, cache, ancestry.mask(), score, filled), cache
+        cache = cache.write(*self._key_value(x), at)
+        mask, own, limits = ancestry.mask(), self._own_score(), self.kind.mask()
+        if limits is not None:
+            mask = mask & ancestry.mask_over_slots(limits)
+        if own is not None:
+            score = _chain(score, ancestry.score_over_slots(own))
+        if self.kind.takes_any_mask and self.kind.name != "entmax":
+            filled = at + x.shape[1]
+            return self.attend(x, cache, mask, score, filled), cache
+        query, key, value = self.query(x), *cache.rows()
+        heads = self._few(query, key, value, mask, score)
+        return self.out(heads), cache
+
+    def _few(
+        self, query: Array, key: Array, value: Array, mask: Mask, score: Score | None
+    ) -> Array:
+        """`_whole` for a few queries and any mask, in O(T S)."""
+        if self.kind.name == "entmax":
+            return self._whole(query, key, value, mask, score, None)
+        B, T, N, _ = query.shape
+        allowed = mask.materialise((B, N, T, key.shape[1]))
+        if self.kind.name == "linear":
+            return linear_attention(query, key, value, mask=allowed)
+        return performer_attention(
+            query,
+            key,
+            value,
+            self._directions(query),
+            key_mask=allowed.any(axis=(1, 2)),
+            mask=allowed,
+        )
+
+
+def _both(one: Mask | None, other: Mask | None) -> Mask | None:
+    return one if other is None else other if one is None else one & other
+
+
+def _chain(one: Score | None, other: Score | None) -> Score | None:
+    return one if other is None else other if one is None else scores.chain(one, other)
 
 
 def _products(layers: list[nnx.LinearGeneral], x: Array) -> list[Array]:

@@ -14,7 +14,7 @@ Positions = Literal["sinusoid", "sinusoid_inclusive", "learned", "relative"]
 
 
 class Embedding(nnx.Module):
-    """A table of V vectors of width D, drawn from a normal of variance 1 / D."""
+    """A table of V vectors of width D, drawn from a normal distribution."""
 
     def __init__(
         self,
@@ -22,6 +22,7 @@ class Embedding(nnx.Module):
         d_model: int,
         *,
         scale: bool = True,
+        stddev: float | None = None,
         zero: int | None = None,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
@@ -32,11 +33,13 @@ class Embedding(nnx.Module):
             vocabulary: V.
             d_model: D.
             scale: whether vectors are multiplied by sqrt(D).
+            stddev: of the table as it is drawn; None: D ** -0.5.
             zero: a token whose vector is 0, and stays so in training; None: none.
             dtype: of the computation; the table is float32.
             rngs: stream "params" draws the table.
         """
-        init = nnx.initializers.normal(stddev=d_model**-0.5)
+        stddev = d_model**-0.5 if stddev is None else stddev
+        init = nnx.initializers.normal(stddev=stddev)
         table = init(rngs.params(), (vocabulary, d_model), jnp.float32)
         if zero is not None:
             table = table.at[zero].set(0.0)

@@ -101,7 +101,9 @@ class DecoderBlock(nnx.Module):
     ):
         """Builds the sublayers from their keyword arguments; cross None: as attention."""
         self.attention = MultiHeadAttention(d_model, **attention, rngs=rngs)
-        self.cross = MultiHeadAttention(d_model, **(cross or attention), rngs=rngs)
+        # A kind is of self-attention.
+        plain = {name: x for name, x in attention.items() if name != "kind"}
+        self.cross = MultiHeadAttention(d_model, **(cross or plain), rngs=rngs)
         self.feed_forward = FeedForward(d_model, **feed_forward, rngs=rngs)
         self.after_attention = Residual(d_model, **residual, rngs=rngs)
         self.after_cross = Residual(d_model, **residual, rngs=rngs)

@@ -153,11 +153,11 @@ class Model(nnx.Module):
         self.encoder_bias = bias(config.side("encoder")[0])
         self.decoder_bias = bias(config.side("decoder")[0])
         self.encoder = nnx.List(
-            EncoderBlock(config.d_model, **_kinds(config, f"encoder.{i}"), rngs=rngs)
+            EncoderBlock(config.d_model, **_kinds(config, "encoder", i), rngs=rngs)
             for i in range(config.encoder_layers)
         )
         self.decoder = nnx.List(
-            DecoderBlock(config.d_model, **_kinds(config, f"decoder.{i}"), rngs=rngs)
+            DecoderBlock(config.d_model, **_kinds(config, "decoder", i), rngs=rngs)
             for i in range(config.decoder_layers)
         )
         self.encoder_norm = norm() if config.norm == "pre" else None
@@ -297,6 +297,19 @@ class Model(nnx.Module):
         """The table whose rows score the classes."""
         return self.target_embedding if self.output is None else self.output
 
+    def penalty(self) -> Array | None:
+        """What is added to the loss a token for looking far; None: nothing is."""
+        terms = []
+        for kind, blocks in (
+            (self.config.encoder_attention, self.encoder),
+            (self.config.decoder_attention, self.decoder),
+        ):
+            if kind.name == "adaptive_span" and kind.option("penalty"):
+                layers = [b.attention for b in blocks if hasattr(b.attention, "span")]
+                shares = jnp.stack([layer.span_share() for layer in layers])
+                terms.append(kind.option("penalty") * shares.mean())
+        return sum(terms[1:], terms[0]) if terms else None
+
     def attention_layers(self) -> dict[str, MultiHeadAttention]:
         """All attention layers by name: "encoder.0.attention", "decoder.1.cross", ..."""
         layers = {
@@ -341,13 +354,15 @@ class Model(nnx.Module):
         self, memory: Array, source_lengths: Array, *, hypotheses: int, steps: int
     ) -> Cache:
         """An empty cache for `steps` steps of `hypotheses` (Z) prefixes of each row of memory."""
-        batch, slots = memory.shape[0], steps * hypotheses
+        config, batch = self.config, memory.shape[0]
+        size = config.side("decoder")[2]
+        counts = [
+            config.heads_of(f"decoder.{i}.attention") for i in range(len(self.decoder))
+        ]
         return Cache(
             layers=tuple(
-                KVCache.zeros(
-                    batch, slots, *block.attention.key.out_features, memory.dtype
-                )
-                for block in self.decoder
+                KVCache.zeros(batch, steps * hypotheses, heads, size, memory.dtype)
+                for _, heads in counts
             ),
             memory=tuple(block.cross.remember(memory) for block in self.decoder),
             source_lengths=source_lengths,
@@ -382,16 +397,15 @@ def _positions(tokens: Array, segments: Array | None) -> Array:
     return segment_positions(segments)
 
 
-def _kinds(config: Config, name: str) -> dict[str, Any]:
-    """The arguments of the sublayers of a block, such as "decoder.0"."""
-    side: Literal["encoder", "decoder"] = (
-        "encoder" if name.startswith("encoder") else "decoder"
-    )
+def _kinds(
+    config: Config, side: Literal["encoder", "decoder"], layer: int
+) -> dict[str, Any]:
+    """The arguments of a layer's sublayers."""
     _, _, size, width = config.side(side)
     dtype = jnp.dtype(config.dtype)
 
     def attention(part: str) -> dict[str, Any]:
-        heads, kv_heads = config.heads_of(f"{name}.{part}")
+        heads, kv_heads = config.heads_of(f"{side}.{layer}.{part}")
         return {
             "heads": heads,
             "kv_heads": kv_heads,
@@ -403,8 +417,10 @@ def _kinds(config: Config, name: str) -> dict[str, Any]:
             "dtype": dtype,
         }
 
-    parts = ("attention",) if side == "encoder" else ("attention", "cross")
-    return {part: attention(part) for part in parts} | {
+    kind = config.kind(side).of_layer(layer)
+    return {
+        "attention": attention("attention") | {"kind": kind},
+        **({} if side == "encoder" else {"cross": attention("cross")}),
         "feed_forward": {
             "d_ff": width,
             "activation": config.activation,

@@ -1,10 +1,16 @@
 """Sizes and choices of the encoder-decoder Transformer, its presets, and what they cost."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from qkv_jax.layers import Activation, Normalisation, NormPlace, Positions
+from qkv_jax.layers import (
+    Activation,
+    AttentionKind,
+    Normalisation,
+    NormPlace,
+    Positions,
+)
 from qkv_jax.ops import ContextMethod, check_method
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -43,6 +49,7 @@ class Config:
         heads: N.
         kv_heads: K, divides N; None: N.
         head_size: H; None: D // N.
+        encoder_attention, decoder_attention: the kind of self-attention of each side's layers.
         decoder_heads, decoder_d_ff: N and F of the decoder; None: as the encoder's.
         heads_by_layer: N of each of `attention_names`, where they differ, as after pruning; each
             keeps as many query heads a key head as its side has, of size `head_size`.
@@ -82,6 +89,8 @@ class Config:
     heads: int = 8
     kv_heads: int | None = None
     head_size: int | None = None
+    encoder_attention: AttentionKind = field(default_factory=AttentionKind)
+    decoder_attention: AttentionKind = field(default_factory=AttentionKind)
     decoder_heads: int | None = None
     decoder_d_ff: int | None = None
     heads_by_layer: tuple[int, ...] | None = None
@@ -131,6 +140,7 @@ class Config:
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be positive, or None; got {size}.")
         self._check_heads()
+        self._check_kinds()
         if self.d_model % 2 and self.positions.startswith("sinusoid"):
             raise ValueError(f"sinusoids need an even d_model; got {self.d_model}.")
         if self.source_vocabulary and self.tie in ("all", "input"):
@@ -205,6 +215,36 @@ class Config:
             return heads, kv_heads
         count = self.heads_by_layer[self.attention_names.index(name)]
         return count, count * kv_heads // heads
+
+    def _check_kinds(self) -> None:
+        for side in ("encoder", "decoder"):
+            kind, count = self.kind(side), getattr(self, f"{side}_layers")
+            place = f"{side}_attention"
+            if any(not 0 <= number < count for number in kind.layers or ()):
+                raise ValueError(
+                    f"{place}.layers must be of 0 .. {count - 1}; got {kind.layers}."
+                )
+            if side == "decoder" and kind.name == "linformer":
+                raise ValueError(
+                    f"{place} cannot be 'linformer', which mixes what is to come."
+                )
+            if self.positions == "relative" and not kind.takes_any_mask:
+                raise ValueError(
+                    f"{place}: {kind.name!r} has no scores to add relative positions to."
+                )
+            if self.attention_dropout and not kind.drops_weights:
+                raise ValueError(
+                    f"{place}: {kind.name!r} has no dropout on weights: attention_dropout must be 0."
+                )
+
+    def kind(self, side: Literal["encoder", "decoder"]) -> AttentionKind:
+        """The kind of self-attention of a side."""
+        return self.encoder_attention if side == "encoder" else self.decoder_attention
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows of several pairs give what a row for each does."""
+        return self.encoder_attention.packs and self.decoder_attention.packs
 
     @property
     def cross_layers(self) -> list[str]:
@@ -304,6 +344,12 @@ def check_mesh(config: Config, mesh: Mapping[str, int]) -> None:
         mesh: the sizes of its axes.
     """
     context, tensor = (mesh.get(name, 1) for name in ("context", "tensor"))
+    for kind in (config.encoder_attention, config.decoder_attention):
+        if context > 1 and not kind.drops_weights:
+            raise ValueError(
+                f"attention of the kind {kind.name!r} does not share out lengths: leave the axis "
+                "context at 1."
+            )
     for count in {config.heads_of(name)[0] for name in config.attention_names}:
         heads = count if count % tensor else count // tensor
         check_method(config.context, heads=heads, devices=context)

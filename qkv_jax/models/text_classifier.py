@@ -6,7 +6,7 @@ long text, whose words see a window around them and the class token, which sees 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import jax
@@ -15,8 +15,10 @@ from flax import nnx
 
 from qkv_jax.layers import (
     AddPositions,
+    AttentionKind,
     Embedding,
     EncoderBlock,
+    Positions,
     QKVAttention,
     make_norm,
 )
@@ -43,8 +45,12 @@ class Config:
         d_ff: F, of a block.
         window: even number of words that a word sees around it, besides the class token, which sees
             and is seen by all; None: every word sees all.
+        attention: the kind of attention of the blocks.
         pooling: which one vector stands for the text: that of the class token, the mean over its
             tokens, or their mean weighted by the attention of one learned query.
+        positions: whether sinusoids are added to the words' vectors.
+        vector_stddev: of the entries of words' vectors, as they are drawn. Where training texts are few,
+            vectors drawn small keep what a word has not been taught from counting.
         dropout: after the embedding, after every sublayer, and on the vector that is classified.
         masking: share of words that training leaves out, as if they were padding: what takes their
             place would be a word that no text to be classified has.
@@ -59,7 +65,10 @@ class Config:
     heads: int = 4
     d_ff: int = 256
     window: int | None = None
+    attention: AttentionKind = field(default_factory=AttentionKind)
     pooling: Pooling = "class_token"
+    positions: bool = True
+    vector_stddev: float = 1.0
     dropout: float = 0.3
     masking: float = 0.15
     smoothing: float = 0.1
@@ -70,6 +79,10 @@ class Config:
             raise ValueError(
                 f"pooling must be one of {get_args(Pooling)}; got {self.pooling!r}."
             )
+        if self.vector_stddev <= 0:
+            raise ValueError(
+                f"vector_stddev must be positive; got {self.vector_stddev}."
+            )
         for name in ("dropout", "masking", "smoothing"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(
@@ -78,6 +91,16 @@ class Config:
         if self.window is not None and (self.window < 0 or self.window % 2):
             raise ValueError(
                 f"window must be even, or None; got {self.window}: half of it is on each side."
+            )
+        if self.window is not None and not self.attention.takes_any_mask:
+            raise ValueError(
+                f"attention of the kind {self.attention.name!r} has no window: set it to None."
+            )
+        if not self.layers and self.attention != AttentionKind():
+            raise ValueError("attention is of blocks: layers must be positive.")
+        if any(not 0 <= layer < self.layers for layer in self.attention.layers or ()):
+            raise ValueError(
+                f"attention.layers must be of 0 .. {self.layers - 1}; got {self.attention.layers}."
             )
 
 
@@ -108,6 +131,8 @@ def long(**changes: Any) -> Config:
         "d_ff": 64,
         "window": 64,
         "pooling": "mean",
+        "positions": False,
+        "vector_stddev": 0.1,
         "masking": 0.5,
     }
     return Config(**(sizes | changes))
@@ -126,17 +151,25 @@ class Model(nnx.Module):
         self.config = config
         D, dtype = config.d_model, jnp.dtype(config.dtype)
         rates: dict[str, Any] = {"dropout_rate": config.dropout, "dtype": dtype}
-        self.embedding = Embedding(config.vocabulary, D, zero=PAD, rngs=rngs)
-        self.positions = AddPositions(D, **rates, rngs=rngs)
+        stddev = config.vector_stddev * D**-0.5
+        self.embedding = Embedding(
+            config.vocabulary, D, stddev=stddev, zero=PAD, rngs=rngs
+        )
+        positions: Positions = "sinusoid" if config.positions else "relative"
+        self.positions = AddPositions(D, positions=positions, **rates, rngs=rngs)
         self.blocks = nnx.List(
             EncoderBlock(
                 D,
-                attention={"heads": config.heads, "dtype": dtype},
+                attention={
+                    "heads": config.heads,
+                    "kind": config.attention.of_layer(i),
+                    "dtype": dtype,
+                },
                 feed_forward={"d_ff": config.d_ff, "activation": "gelu", **rates},
                 residual={"place": "pre", **rates},
                 rngs=rngs,
             )
-            for _ in range(config.layers)
+            for i in range(config.layers)
         )
         if not config.layers:
             self.qkv = QKVAttention(D, D, D, dtype=dtype, rngs=rngs)
@@ -165,12 +198,15 @@ class Model(nnx.Module):
         places = jnp.arange(tokens.shape[1])[None]
         x = self.positions(self.vectors(tokens), places, rng=rngs[0])
         there = (tokens != PAD).any(axis=2)
-        mask = who_sees_whom(there, self.config.window)
+        if self.config.attention.takes_any_mask:
+            mask = who_sees_whom(there, self.config.window)
+        else:
+            mask = masks.dense(there[:, None, None, :])
         if not self.blocks:
             x = dropout(self.qkv(x, x, x, mask=mask), self.config.dropout, rngs[1])
         for block, drawn in zip(self.blocks, rngs[3:]):
             x = block(x, mask=mask, rng=drawn)
-        pooled = dropout(self.pool(self.norm(x), there), self.config.dropout, rngs[2])
+        pooled = dropout(self.norm(self.pool(x, there)), self.config.dropout, rngs[2])
         return self.classify(pooled).astype(jnp.float32)
 
     def vectors(self, tokens: Array) -> Array:

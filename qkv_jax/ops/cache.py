@@ -7,7 +7,7 @@ O(B Z steps) bytes, not a copy of every layer's keys and values.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,10 @@ class KVCache:
     def of(cls, key: Array, value: Array) -> "KVCache":
         """A full cache of keys (B, S, K, H) and values (B, S, K, E)."""
         return cls(key=key.transpose(0, 2, 3, 1), value=value.transpose(0, 2, 1, 3))
+
+    def rows(self) -> tuple[Array, Array]:
+        """Keys (B, S, K, H) and values (B, S, K, E), as `of` takes them."""
+        return self.key.transpose(0, 3, 1, 2), self.value.transpose(0, 2, 1, 3)
 
     def write(self, key: Array, value: Array, at: Array) -> "KVCache":
         """A cache with `key` (B, Z, K, H) and `value` (B, Z, K, E) in slots at .. at + Z - 1."""
@@ -164,3 +168,47 @@ class Ancestry:
         written = (jnp.arange(steps, dtype=jnp.int32) <= self.step)[None, None, :, None]
         mine = (self.slots[..., None] == place) & written
         return dense(mine.reshape(B, 1, Z, steps * Z))
+
+    def mask_over_slots(self, mask: Mask) -> Mask:
+        """A mask over positions as one over slots, for the queries of this step."""
+        return SlotMask(mask=mask, step=self.step, hypotheses=self.slots.shape[1])
+
+    def score_over_slots(self, score: Score) -> Score:
+        """A score rule over positions as one over slots, for the queries of this step."""
+        return SlotScore(score=score, step=self.step, hypotheses=self.slots.shape[1])
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class SlotMask(Mask):
+    """Of queries at `step`, and keys whose slot s was written in step s // hypotheses."""
+
+    mask: Mask
+    step: Array
+    hypotheses: int = field(metadata={"static": True})
+
+    def allowed(self, b, h, q, k):
+        at = jnp.broadcast_to(self.step, jnp.shape(q))
+        return self.mask.allowed(b, h, at, k // self.hypotheses)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class SlotScore(Score):
+    """The same of a score rule."""
+
+    score: Score
+    step: Array
+    hypotheses: int = field(metadata={"static": True})
+
+    def apply(self, score, b, h, q, k):
+        at = jnp.broadcast_to(self.step, jnp.shape(q))
+        return self.score.apply(score, b, h, at, k // self.hypotheses)
+
+    def support(self):
+        mask = self.score.support()
+        return (
+            None
+            if mask is None
+            else SlotMask(mask=mask, step=self.step, hypotheses=self.hypotheses)
+        )

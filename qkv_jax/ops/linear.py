@@ -10,6 +10,7 @@ Sources: Katharopoulos et al. 2020, arXiv 2006.16236; Choromanski et al. 2021, a
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +34,11 @@ def linear_attention(
     *,
     feature_map: Callable[[Array], Array] = elu_plus_one,
     key_mask: Array | None = None,
+    mask: Array | None = None,
 ) -> Array:
     """Attention with the kernel phi(q) . phi(k); every query sees every key.
 
-    O((T + S) F E) time.
+    O((T + S) F E) time; with a mask of pairs, O(T S).
 
     Args:
         query: (B, T, N, H) floating.
@@ -44,6 +46,8 @@ def linear_attention(
         value: (B, S, K, E), dtype of query.
         feature_map: (..., H) -> (..., F), not negative.
         key_mask: (B, S) bool; False: the key is not there. None: all are.
+        mask: bool that broadcasts to (B, N, T, S): for few queries, such as those of a step of
+            decoding over many hypotheses. None: all pairs.
 
     Returns:
         (B, T, N, E), dtype of query; a row with no key is exactly 0.
@@ -51,6 +55,14 @@ def linear_attention(
     Source: Katharopoulos et al. 2020, eq. 5.
     """
     queries, keys, values, bad = _features(query, key, value, feature_map, key_mask)
+    if mask is not None:
+        _, T, K, G, _ = queries.shape
+        allowed = jnp.broadcast_to(mask, (len(query), K * G, T, key.shape[1]))
+        pairs = jnp.einsum("BTKGF,BSKF->BKGTS", queries, keys)
+        pairs = jnp.where(allowed.reshape(pairs.shape), pairs, 0.0)
+        top = jnp.einsum("BKGTS,BSKE->BTKGE", pairs, values)
+        bottom = jnp.moveaxis(pairs.sum(-1), 3, 1)
+        return _ratio(top, bottom, bad.any(axis=1, keepdims=True), query)
     memory = jnp.einsum("BSKF,BSKE->BKFE", keys, values)
     top = jnp.einsum("BTKGF,BKFE->BTKGE", queries, memory)
     bottom = jnp.einsum("BTKGF,BKF->BTKG", queries, keys.sum(axis=1))
@@ -195,11 +207,12 @@ def performer_attention(
     *,
     causal: bool = False,
     key_mask: Array | None = None,
+    mask: Array | None = None,
 ) -> Array:
     """FAVOR+: an estimate, linear in length, of softmax attention with scale H ** -0.5.
 
     Args:
-        query, key, value, key_mask: as for `linear_attention`.
+        query, key, value, key_mask, mask: as for `linear_attention`; causal needs no mask.
         projection: (F, H), see `favor_projection`; the error falls as F ** -0.5.
         causal: query t sees keys 0 .. t.
 
@@ -229,8 +242,13 @@ def performer_attention(
     q = favor_features(q, projection, shift=tops[0].max(axis=-1, keepdims=True))
     k = favor_features(k, projection, shift=jnp.where(heads == -jnp.inf, 0.0, heads))
     k = jnp.where(finite, k, jnp.nan)
-    attend = causal_linear_attention if causal else linear_attention
-    out = attend(q, k, value.astype(wide), feature_map=lambda x: x, key_mask=key_mask)
+    options: dict[str, Any] = {"feature_map": lambda x: x, "key_mask": key_mask}
+    if causal and mask is None:
+        out = causal_linear_attention(q, k, value.astype(wide), **options)
+    elif causal:
+        raise ValueError("a mask says what is causal: give one of the two.")
+    else:
+        out = linear_attention(q, k, value.astype(wide), mask=mask, **options)
     return out.astype(query.dtype)
 
 

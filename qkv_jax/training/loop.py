@@ -75,6 +75,12 @@ class TrainingConfig:
                 f"average must not exceed keep, the checkpoints that stay; "
                 f"got {self.average} > {self.keep}."
             )
+        made = -(-self.steps // self.checkpoint_every)
+        if self.average > made:
+            raise ValueError(
+                f"average must not exceed the checkpoints that are made, {made} in {self.steps} steps; "
+                f"got {self.average}: checkpoint_every must be smaller, or average."
+            )
         if self.mode not in ("min", "max"):
             raise ValueError(f"mode must be 'min' or 'max'; got {self.mode!r}.")
         if self.patience is not None and self.patience < 1:

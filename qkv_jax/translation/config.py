@@ -2,13 +2,20 @@
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from jax.sharding import Mesh
 
 from qkv_jax.compression import Quantisation
-from qkv_jax.data import Filters, HomeAssistantData, HubData, ParallelData
+from qkv_jax.data import (
+    Filters,
+    HomeAssistantData,
+    HubData,
+    MultilingualData,
+    ParallelData,
+)
 from qkv_jax.decoding import LengthPenalty, gnmt, power
 from qkv_jax.models import recurrent, seq2seq
 from qkv_jax.training import (
@@ -35,6 +42,9 @@ class TextConfig:
         vocabulary: subwords, shared by both languages.
         tokenizer: SentencePiece's model type.
         filters: which training pairs are left out.
+        back_translated: file of further training pairs whose source a model made, as
+            `qkv-jax back-translate` writes it: each source gets a tag, so that the model can tell
+            (Caswell et al. 2019, arXiv 1906.06442); None: none.
         batch_tokens: target tokens of an update, padding included.
         batch_source_tokens: the same for the source; None: no such limit.
         buckets: static batch shapes, hence compilations of the step.
@@ -48,6 +58,7 @@ class TextConfig:
     vocabulary: int = 8000
     tokenizer: Literal["unigram", "bpe"] = "unigram"
     filters: Filters = field(default_factory=Filters)
+    back_translated: Path | None = None
     batch_tokens: int = 4096
     batch_source_tokens: int | None = None
     buckets: int = 8
@@ -200,7 +211,7 @@ class TranslationConfig:
         distributed: how its processes find each other.
     """
 
-    data: ParallelData | HomeAssistantData | HubData
+    data: ParallelData | HomeAssistantData | HubData | MultilingualData
     init_from: str | None = None
     languages: LanguageConfig = field(default_factory=LanguageConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
@@ -233,6 +244,7 @@ class TranslationConfig:
                 "quantise is of the Transformer: the recurrent model multiplies by its weights "
                 "itself, not through layers that can be replaced."
             )
+        self._check_packing()
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(
                 f"label_smoothing must be in [0, 1); got {self.label_smoothing}."
@@ -253,6 +265,15 @@ class TranslationConfig:
             )
         # A warm-up that does not fit into the steps is an error before anything is written.
         make_schedule(self.optimizer, self.training.steps)
+
+    def _check_packing(self) -> None:
+        model = self.model
+        if self.text.packing and isinstance(model, seq2seq.Config) and not model.packs:
+            kinds = {model.encoder_attention.name, model.decoder_attention.name}
+            raise ValueError(
+                "text.packing needs attention that keeps the pairs of a row apart, and that is not "
+                f"{' or '.join(sorted(kinds - {'softmax'}))}: set text.packing to False."
+            )
 
     def task(self, mesh: Mesh) -> Task:
         """The corpus, the model and its loss on a mesh: see `translation.run.make_task`."""

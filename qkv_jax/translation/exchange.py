@@ -18,6 +18,7 @@ from qkv_jax.interop import (
     save,
     verify,
 )
+from qkv_jax.layers import AttentionKind
 from qkv_jax.models import seq2seq
 from qkv_jax.translation.config import LanguageConfig
 from qkv_jax.translation.start import NO_LANGUAGES, Checkpoint, Start, load_start
@@ -104,6 +105,13 @@ def weights(start: Start) -> Any:
         raise InteropError(
             "a recurrent model has no place in the formats of transformers and CTranslate2"
         )
+    for side in ("encoder_attention", "decoder_attention"):
+        kind = getattr(start.model, side)
+        if kind != AttentionKind():
+            what = "shared keys and values" if kind.name == "softmax" else kind.name
+            raise InteropError(
+                f"{side} of {what} has no place in the formats of transformers and CTranslate2"
+            )
     return Trained(
         config=start.model,
         params=start.params,

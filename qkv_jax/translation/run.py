@@ -72,7 +72,11 @@ def prepare(
         DataError: the text cannot be read, or nothing is left of it.
     """
     text, corpus = config.text, config.data.load()
-    train, filtered = data.filter_pairs(corpus.train, text.filters)
+    made, symbols = [], list(corpus.symbols)
+    if text.back_translated is not None:
+        made = data.tagged(data.BACK_TRANSLATED, data.read_pairs(text.back_translated))
+        symbols.append(data.BACK_TRANSLATED)
+    train, filtered = data.filter_pairs(corpus.train + made, text.filters)
     if not train:
         raise data.DataError(
             f"no training pair is left ({filtered}): loosen text.filters, or use other text"
@@ -82,6 +86,7 @@ def prepare(
             [side for pair in train for side in pair],
             vocab_size=text.vocabulary,
             model_type=text.tokenizer,
+            symbols=symbols,
         )
     pairs = data.encode_pairs(train, tokenizer)
     buckets = data.choose_buckets(
@@ -104,6 +109,7 @@ def prepare(
     )
     report = [] if corpus.report is None else [f"corpus: {corpus.report}"]
     report += [
+        *([f"back-translated: {len(made):,} pairs"] if made else []),
         f"filters: {filtered}",
         f"parts: {len(train):,} training, {len(corpus.valid):,} validation, {len(corpus.test):,} test",
         f"vocabulary: {tokenizer.target_size:,} subwords",
@@ -152,6 +158,9 @@ def make_loss(
             label_smoothing,
             LOSS_CHUNKS,
         )
+        penalty = model.penalty() if isinstance(model, seq2seq.Model) else None
+        if penalty is not None and rng is not None:
+            loss = loss + weights.sum() * penalty
         sums = {"loss_sum": loss, "nll_sum": nll, "correct_sum": correct}
         return loss, sums | {"tokens": weights.sum()}
 

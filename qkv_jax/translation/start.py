@@ -10,7 +10,13 @@ import jax.numpy as jnp
 
 from qkv_jax import data, training
 from qkv_jax.compression import Quantisation, dequantised, pack, unpack
-from qkv_jax.data import SentenceTokenizer, Tokenizer, write_atomically
+from qkv_jax.data import (
+    MultilingualData,
+    SentenceTokenizer,
+    Tokenizer,
+    language_tag,
+    write_atomically,
+)
 from qkv_jax.interop import (
     InteropError,
     Pretrained,
@@ -105,7 +111,7 @@ def load_translator(
             "Helsinki-NLP/opus-mt-en-de".
         *more: models that decide with it, by the mean of their log-probabilities.
         checkpoint: of runs; see `load_run`.
-        languages: of published models for several.
+        languages: of models for several.
         n_best: translations of each sentence that will be asked for: where `decoding` does not
             say otherwise, at least so many beams are kept.
         mesh: see `Translator`.
@@ -144,19 +150,13 @@ def load_start(
 ) -> Start:
     """A run's, an imported, a published or a compressed model; arguments as for `load_translator`."""
     if is_compressed(model):
-        if languages != NO_LANGUAGES or checkpoint is not None:
+        if checkpoint is not None:
             raise training.RunError(
-                f"{model} is a compressed model, whose languages and checkpoint were chosen when "
-                "it was made: leave their options out."
+                f"{model} is a compressed model, made of one checkpoint: leave out that option."
             )
-        return _of_compressed(Path(model))
+        return _of_compressed(Path(model), languages)
     if is_run(model):
-        if languages != NO_LANGUAGES:
-            raise training.RunError(
-                f"{model} is a run, whose languages are those it was trained with: "
-                "leave out the options of languages."
-            )
-        return _of_run(Path(model), checkpoint)
+        return _of_run(Path(model), checkpoint, languages)
     if is_marian_npz(model):
         raise training.RunError(
             f"{model} holds a model of the Marian toolkit: make it one of ours first, "
@@ -325,7 +325,7 @@ def save_compressed(start: Start, languages: LanguageConfig, directory: Path) ->
     write_atomically(directory / COMPRESSED, json.dumps(content, indent=1).encode())
 
 
-def _of_compressed(directory: Path) -> Start:
+def _of_compressed(directory: Path, asked: LanguageConfig) -> Start:
     file = directory / COMPRESSED
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -335,7 +335,13 @@ def _of_compressed(directory: Path) -> Start:
         how = training.from_plain(Quantisation, content["quantisation"])
     except (KeyError, OSError, StopIteration, TypeError, ValueError) as error:
         raise training.RunError(f"{file} is damaged ({error}): restore it.") from error
-    pretrained, tokenizer = _tokenizer(directory, languages)
+    if asked != NO_LANGUAGES:
+        languages = asked
+    tag = None
+    if is_run(directory):
+        config = read_run(directory)
+        tag, languages = _tag(directory, config, languages), config.languages
+    pretrained, tokenizer = _tokenizer(directory, languages, tag)
     like = model_shapes(model, how)
     shapes = training.flatten(like)
     stored = jax.eval_shape(lambda: {n: _stored(_zeros(x)) for n, x in shapes.items()})
@@ -367,13 +373,14 @@ def _stored(x: jax.Array) -> jax.Array:
 
 
 def _tokenizer(
-    directory: Path, languages: LanguageConfig
+    directory: Path, languages: LanguageConfig, tag: str | None
 ) -> tuple[Pretrained | None, SentenceTokenizer]:
-    """What a run or a compressed model keeps beside its weights."""
+    """What a run or a compressed model keeps beside its weights; tag: see `_tag`."""
     pretrained = load_description(directory / TOKENIZER)
     try:
         if pretrained is None:
-            return None, Tokenizer.load(directory / TOKENIZER)
+            own = Tokenizer.load(directory / TOKENIZER)
+            return None, own if tag is None else own.tagged(tag)
         return pretrained, published_tokenizer(
             directory / TOKENIZER, pretrained, languages
         )
@@ -389,9 +396,12 @@ def quantised(start: Start, how: Quantisation) -> Start:
     return start._replace(params=params, quantisation=how)
 
 
-def _of_run(directory: Path, checkpoint: Checkpoint | None) -> Start:
+def _of_run(
+    directory: Path, checkpoint: Checkpoint | None, languages: LanguageConfig
+) -> Start:
     config = read_run(directory)
-    pretrained, tokenizer = _tokenizer(directory, config.languages)
+    tag = _tag(directory, config, languages)
+    pretrained, tokenizer = _tokenizer(directory, config.languages, tag)
     model = run_model(config, tokenizer, directory)
     params = training.load_params(
         directory,
@@ -404,3 +414,24 @@ def _of_run(directory: Path, checkpoint: Checkpoint | None) -> Start:
         pretrained = dataclasses.replace(pretrained, config=model, params=params)
     start = Start(model, params, tokenizer, config.decoding, pretrained)
     return quantised(start, config.quantise)
+
+
+def _tag(
+    directory: Path, config: TranslationConfig, languages: LanguageConfig
+) -> str | None:
+    """What stands before every source, for a run to translate into the language asked for.
+
+    Raises:
+        RunError: it does not know the languages.
+    """
+    if languages == NO_LANGUAGES:
+        return None
+    known = f"{directory} is a run, whose languages are those it was trained with: "
+    if not isinstance(config.data, MultilingualData):
+        raise training.RunError(known + "leave out the options of languages.")
+    pairs, asked = config.data.pairs, (languages.source, languages.target)
+    fits = any(all(a in (None, b) for a, b in zip(asked, pair)) for pair in pairs)
+    if not fits or languages.prefix or languages.target is None:
+        ways = ", ".join(f"{source} to {target}" for source, target in pairs)
+        raise training.RunError(f"{known}choose a target language of {ways}.")
+    return language_tag(languages.target) if config.data.symbols else None

@@ -452,13 +452,14 @@ class Translator:
         self, weights: np.ndarray, source: np.ndarray, target: Any
     ) -> Alignment:
         source = source[source != self.ids.pad]
-        text = source[: len(source) - len(self.tokenizer.source_ending)]
+        text = source[: len(source) - len(self.tokenizer.source_ending)].tolist()
+        begun = len(self.tokenizer.source_beginning)
         special = {*self.ids.never, self.ids.eos, *self.tokenizer.prefix}
         pieces = self.tokenizer.target_pieces(target.tolist())
         shown = ["" if i in special else x for i, x in zip(target.tolist(), pieces)]
         return align(
             weights[:, : len(target), : len(text)],
-            self.tokenizer.source_pieces(text.tolist()),
+            ["" for _ in text[:begun]] + self.tokenizer.source_pieces(text)[begun:],
             shown,
         )
 

@@ -9,7 +9,17 @@ import optax
 import pytest
 from flax import nnx
 
-from qkv_jax.models.seq2seq import Config, Model, Segments, base, big, small, tiny
+from qkv_jax.layers import AttentionKind
+from qkv_jax.models.seq2seq import (
+    Config,
+    Model,
+    Segments,
+    base,
+    big,
+    check_mesh,
+    small,
+    tiny,
+)
 from qkv_jax.ops import LOGICAL_AXES
 from qkv_jax.training import logical_sharding, make_mesh
 from qkv_jax.training.losses import projected_cross_entropy
@@ -33,6 +43,8 @@ FLIPS = {
     "heads": 4,
     "kv_heads": 1,
     "head_size": 6,
+    "encoder_attention": AttentionKind(name="linear"),
+    "decoder_attention": AttentionKind(name="window", window=1),
     "decoder_heads": 4,
     "decoder_d_ff": 20,
     "encoder_layers": 2,
@@ -76,6 +88,9 @@ KINDS = pytest.mark.parametrize(
     [{}, {"norm": "pre", "gated": True, "kv_heads": 1, "tie": "none"}],
     ids=["post", "pre"],
 )
+
+
+LINEAR = AttentionKind(name="linear")
 
 
 def build(**changes):
@@ -142,8 +157,16 @@ def test_a_row_of_padding_alone_is_finite_and_has_finite_gradients():
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients))
 
 
-@KINDS
-@pytest.mark.parametrize("Z", [1, 3])
+@pytest.mark.parametrize(
+    ("changes", "Z"),
+    [
+        ({}, 1),
+        ({}, 3),
+        ({"norm": "pre", "gated": True, "kv_heads": 1, "tie": "none"}, 3),
+        ({"encoder_attention": LINEAR, "decoder_attention": LINEAR}, 3),
+    ],
+    ids=["post, one", "post", "pre", "linear"],
+)
 def test_cached_steps_equal_the_full_forward_of_every_hypothesis(changes, Z):
     model, steps, rng = build(**changes), 4, np.random.default_rng(Z)
     memory = pure(model, "encode")[0](nnx.state(model), SOURCE)
@@ -268,11 +291,45 @@ def test_parameters_are_float32_and_logits_bfloat16_when_asked():
         ({"vocabulary": -1}, "vocabulary must be positive; got -1"),
         ({"pad": 11}, "pad must be a token of the vocabulary of 11; got 11"),
         ({"pad": -1}, "pad must be a token"),
+        ({"encoder_attention": AttentionKind(layers=(1,))}, "layers must be of 0 .. 0"),
+        ({"decoder_attention": AttentionKind(name="linformer")}, "what is to come"),
+        (
+            {"encoder_attention": LINEAR, "positions": "relative"},
+            "no scores to add relative positions to",
+        ),
+        (
+            {"decoder_attention": LINEAR, "attention_dropout": 0.1},
+            "attention_dropout must be 0",
+        ),
     ],
 )
 def test_a_bad_config_is_an_error_that_names_the_field(changes, message):
     with pytest.raises(ValueError, match=message):
         Config(**(SMALL | changes))
+
+
+def test_one_layer_of_a_side_can_have_another_kind():
+    kind = AttentionKind(name="entmax", layers=(1,))
+    model = build(decoder_attention=kind)
+    found = [hasattr(block.attention, "alpha") for block in model.decoder]
+    assert found == [False, True]
+    assert not hasattr(model.decoder[1].cross, "alpha")
+
+
+def test_looking_far_is_penalised_as_asked():
+    kind = AttentionKind(name="adaptive_span", longest=4, ramp=2.0, penalty=0.3)
+    model = build(encoder_attention=kind)
+    assert float(model.penalty()) == pytest.approx(0.3 * 0.5)
+    assert build().penalty() is None
+    free = dataclasses.replace(kind, penalty=None)
+    assert build(encoder_attention=free).penalty() is None
+
+
+def test_lengths_are_not_shared_out_where_there_is_no_mask():
+    config = Config(**SMALL, encoder_attention=LINEAR)
+    check_mesh(config, {"data": 2, "tensor": 2})
+    with pytest.raises(ValueError, match="'linear' does not share out lengths"):
+        check_mesh(config, {"context": 2})
 
 
 def test_a_model_needs_the_size_of_its_vocabulary():
@@ -381,7 +438,18 @@ def loss_and_gradient(model, source, target, labels, **options):
     return jax.jit(jax.value_and_grad(loss))(state)
 
 
-@KINDS
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"norm": "pre", "gated": True, "kv_heads": 1, "tie": "none"},
+        {
+            "encoder_attention": AttentionKind(name="window", window=1),
+            "decoder_attention": AttentionKind(name="entmax"),
+        },
+    ],
+    ids=["post", "pre", "kinds"],
+)
 def test_packed_pairs_are_computed_as_if_each_had_its_row(changes):
     model = build(**changes)
     rows = {

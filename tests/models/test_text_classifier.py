@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from qkv_jax.layers import AttentionKind
 from qkv_jax.models import text_classifier
 from qkv_jax.models.text_classifier import PAD, Config, Model
 
@@ -128,6 +129,10 @@ def test_a_word_that_is_left_out_is_neither_seen_nor_pooled(config):
         {"window": None},
         {"pooling": "mean"},
         {"pooling": "class_token"},
+        {"positions": False},
+        {"attention": AttentionKind(name="entmax")},
+        {"window": None, "attention": AttentionKind(name="linear")},
+        {"vector_stddev": 0.1},
         {"dtype": "bfloat16"},
     ],
 )
@@ -178,6 +183,10 @@ def test_the_three_presets_are_what_they_say():
     [
         ({"pooling": "max"}, "pooling must be one of"),
         ({"masking": 1.0}, r"masking must be in \[0, 1\)"),
+        ({"window": 2, "attention": AttentionKind(name="linear")}, "has no window"),
+        ({"layers": 0, "attention": AttentionKind(name="linear")}, "is of blocks"),
+        ({"attention": AttentionKind(layers=(3,))}, "attention.layers must be of"),
+        ({"vector_stddev": 0.0}, "vector_stddev must be positive"),
         ({"window": 3}, "window must be even"),
     ],
 )

@@ -212,6 +212,7 @@ def test_an_iterator_that_ends_is_an_error(tmp_path):
     [
         ({"steps": 0}, "steps must be at least 1"),
         ({"steps": 1, "keep": 2, "average": 3}, "average must not exceed keep"),
+        ({"steps": 900, "average": 2}, "average must not exceed the checkpoints"),
         ({"steps": 1, "mode": "best"}, "mode must be"),
         ({"steps": 1, "patience": 0}, "patience must be"),
         ({"steps": 1, "ema_decay": 1.0}, "ema_decay must be"),

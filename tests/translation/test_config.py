@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from qkv_jax.data import Filters, HomeAssistantData, HubData, ParallelData
+from qkv_jax.layers import AttentionKind
 from qkv_jax.models import seq2seq
 from qkv_jax.training import (
     MeshConfig,
@@ -74,6 +75,15 @@ def test_json_brings_back_all_but_where_the_run_lies(data):
 )
 def test_json_differs_where_a_field_does(change):
     assert make_config().to_json() != make_config(**change).to_json()
+
+
+def test_packing_is_refused_where_pairs_cannot_be_kept_apart():
+    linear = seq2seq.tiny(encoder_attention=AttentionKind(name="linear"))
+    make_config(model=linear)
+    with pytest.raises(ValueError, match="and that is not linear: set text.packing"):
+        make_config(model=linear, text=TextConfig(packing=True))
+    window = seq2seq.tiny(encoder_attention=AttentionKind(name="window"))
+    make_config(model=window, text=TextConfig(packing=True))
 
 
 def test_a_runs_directory_is_no_part_of_its_json():

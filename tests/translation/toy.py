@@ -42,7 +42,7 @@ def shrink(
     config: TranslationConfig, *, corpus: Path, directory: Path, **training: Any
 ) -> TranslationConfig:
     """The configuration on the toy corpus, with a model that trains in milliseconds a step."""
-    changes = {"evaluate_every": 2, "checkpoint_every": 2, "log_every": 1}
+    changes = {"evaluate_every": 2, "checkpoint_every": 2, "log_every": 1, "average": 1}
     model = {"d_model": 16, "d_ff": 32, "heads": 2, "kv_heads": None}
     layers = {"encoder_layers": 1, "decoder_layers": 1}
     sizes = {
