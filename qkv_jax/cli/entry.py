@@ -26,6 +26,7 @@ USAGE = f"""usage: {PROGRAM} COMMAND ...
   export MODEL OUT --to KIND     write a model for transformers (hf) or CTranslate2 (ctranslate2)
   compress MODEL OUT --weights KIND
                                  write a model with int8 or int4 weights
+  prune MODEL OUT [OPTIONS]      write a model with fewer heads, feed-forward units and layers
   demo [OPTIONS]                 train and try a small translator, about 8 minutes on 2 cores
 
 A MODEL is the directory of a run, of an imported, published, compressed or pruned model, or a
@@ -44,6 +45,7 @@ COMMANDS = {
     "import": "exchange",
     "export": "exchange",
     "compress": "compressing",
+    "prune": "compressing",
     "demo": "training",
 }
 

@@ -48,7 +48,7 @@ class Pruning:
                 raise ValueError(f"{name} must be at least 1, or None; got {count}.")
         if self.even_heads and not self.heads:
             raise ValueError("even_heads is of heads: give a share of them.")
-        if self == Pruning():
+        if not any(vars(self).values()):
             raise ValueError(
                 "heads, feed_forward, encoder_layers or decoder_layers must be given: "
                 "nothing is removed."

@@ -139,32 +139,44 @@ def make_loss(
     graph = model_graph(config)
 
     def loss_fn(params, batch, rng):
-        model, target = nnx.merge(graph, params), batch["target"]
+        model = nnx.merge(graph, params)
         if quantise.weights is not None:
             imitate(model, quantise)
-        shifted = shift(target, start)
-        segments = None
-        if "target_segments" in batch:
-            segments = seq2seq.Segments(
-                batch["source_segments"], batch["target_segments"]
-            )
-            shifted = jnp.where(shifted == eos, start, shifted)
-        states = model.states(batch["source"], shifted, segments=segments, rng=rng)
-        weights = (target != config.pad).astype(jnp.float32)
-        loss, nll, correct = projected_cross_entropy(
-            *model.projection(states),
-            target,
-            weights,
-            label_smoothing,
-            LOSS_CHUNKS,
-        )
-        penalty = model.penalty() if isinstance(model, seq2seq.Model) else None
-        if penalty is not None and rng is not None:
-            loss = loss + weights.sum() * penalty
-        sums = {"loss_sum": loss, "nll_sum": nll, "correct_sum": correct}
-        return loss, sums | {"tokens": weights.sum()}
+        return module_loss(model, batch, rng, label_smoothing, start=start, eos=eos)
 
     return loss_fn
+
+
+def module_loss(
+    model: Any,
+    batch: dict[str, jax.Array],
+    rng: jax.Array | None,
+    label_smoothing: float,
+    *,
+    start: int,
+    eos: int,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """What `make_loss` makes, of a module."""
+    target = batch["target"]
+    shifted = shift(target, start)
+    segments = None
+    if "target_segments" in batch:
+        segments = seq2seq.Segments(batch["source_segments"], batch["target_segments"])
+        shifted = jnp.where(shifted == eos, start, shifted)
+    states = model.states(batch["source"], shifted, segments=segments, rng=rng)
+    weights = (target != model.config.pad).astype(jnp.float32)
+    loss, nll, correct = projected_cross_entropy(
+        *model.projection(states),
+        target,
+        weights,
+        label_smoothing,
+        LOSS_CHUNKS,
+    )
+    penalty = model.penalty() if isinstance(model, seq2seq.Model) else None
+    if penalty is not None and rng is not None:
+        loss = loss + weights.sum() * penalty
+    sums = {"loss_sum": loss, "nll_sum": nll, "correct_sum": correct}
+    return loss, sums | {"tokens": weights.sum()}
 
 
 def make_task(config: TranslationConfig, mesh: jax.sharding.Mesh) -> training.Task:

@@ -358,8 +358,10 @@ def _of_compressed(directory: Path, asked: LanguageConfig) -> Start:
         for name, x in shapes.items()
     ]
     params = jax.tree.unflatten(jax.tree.structure(like), leaves)
-    if pretrained is not None and isinstance(model, seq2seq.Config):
-        pretrained = dataclasses.replace(pretrained, params=params)
+    if pretrained is not None:
+        # A pruned one has no place in the checkpoint it came from.
+        whole = model_shapes(pretrained.config) == model_shapes(model)
+        pretrained = dataclasses.replace(pretrained, params=params) if whole else None
     return Start(model, params, tokenizer, decoding, pretrained, how)
 
 
