@@ -237,3 +237,7 @@ def _take(
         if param is not None and axis is not None:
             taken = jnp.take(param[...], units, axis=axis)
             setattr(layer, name, nnx.Param(taken, axes=param.get_metadata()["axes"]))
+    side = "in_features" if kernel_axis == 0 else "out_features"
+    size = getattr(layer, side)
+    new = len(units)
+    setattr(layer, side, (new, *size[1:]) if isinstance(size, tuple) else new)

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qkv_jax.compression import Quantisation
+from qkv_jax.compression import Pruning, Quantisation
 from qkv_jax.interop import InteropError
 from qkv_jax.training import RunError, flatten
 from qkv_jax.translation import load_run, load_translator
-from qkv_jax.translation.compress import compress_model, disk_bytes
+from qkv_jax.translation.compress import compress_model, disk_bytes, prune_model
 from qkv_jax.translation.exchange import export_model
+from qkv_jax.translation.models import param_count
 from qkv_jax.translation.run import make_loss
 from qkv_jax.translation.start import COMPRESSED, WEIGHTS, load_start
 from tests.translation import toy
@@ -101,12 +102,34 @@ def test_what_is_rounded_changes_the_loss(finished):
     assert len({float(loss) for loss in losses}) == 3
 
 
+def test_a_pruned_model_is_smaller_and_is_used_as_any_other(finished, corpus, tmp_path):
+    what = Pruning(heads=0.34, feed_forward=0.5)
+    pruned = prune_model(finished, tmp_path / "out", what, pairs=PAIRS)
+    counts, whole = pruned.model.heads_by_layer, load_start(finished).model
+    assert sum(counts) == 4 and len(counts) == 3  # Of 6.
+    assert (pruned.model.d_ff, pruned.model.head_size) == (16, 8)
+    assert load_start(tmp_path / "out").model == pruned.model
+    size = sum(x.size for x in jax.tree.leaves(pruned.params))
+    assert size == param_count(pruned.model) < param_count(whole)
+    compress_model(tmp_path / "out", tmp_path / "int8", INT8)
+    np.testing.assert_allclose(
+        scores(tmp_path / "int8"), scores(tmp_path / "out"), atol=0.05
+    )
+    with pytest.raises(InteropError, match="prune with --even-heads"):
+        export_model(tmp_path / "out", tmp_path / "hf", to="hf")
+    config = toy.make_config(
+        corpus, tmp_path / "on", steps=1, init_from=str(tmp_path / "out")
+    )
+    toy.run(config)
+    assert load_start(tmp_path / "on").model.heads_by_layer == counts
+
+
 def test_mistakes_are_said(made, finished, tmp_path):
     with pytest.raises(RunError, match="quantised already"):
         compress_model(made / "int8", tmp_path / "out", INT4)
     with pytest.raises(InteropError, match="not empty"):
         compress_model(finished, made / "int8", INT8)
-    with pytest.raises(RunError, match="leave their options out"):
+    with pytest.raises(RunError, match="leave out that option"):
         load_start(made / "int8", checkpoint="latest")
     mesh = jax.make_mesh((4, 2), ("data", "tensor"))
     with pytest.raises(RunError, match="quantised weights lie whole"):
