@@ -88,7 +88,11 @@ class Start(NamedTuple):
 
     def in_float(self) -> "Start":
         """The same model with float32 weights."""
-        params = dequantised(self.params)
+        if self.quantisation == FLOAT:
+            return self
+        # Integers have lost the names of their axes.
+        like = jax.tree.structure(model_shapes(self.model))
+        params = jax.tree.unflatten(like, jax.tree.leaves(dequantised(self.params)))
         pretrained = self.pretrained
         if pretrained is not None:
             pretrained = dataclasses.replace(pretrained, params=params)

@@ -69,7 +69,8 @@ def test_importance_is_the_slope_of_a_gate():
     def products(row):
         slopes = jax.grad(lambda p: loss(nnx.merge(graph, p), row))(params)
         kernel, slope = (
-            tree["decoder"][0]["cross"]["out"]["kernel"][...] for tree in (params, slopes)
+            tree["decoder"][0]["cross"]["out"]["kernel"][...]
+            for tree in (params, slopes)
         )
         return jnp.abs((kernel * slope).sum((1, 2)).reshape(3, 2).sum(1))
 

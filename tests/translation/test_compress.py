@@ -41,6 +41,11 @@ def test_weights_as_they_are_translate_as_the_run(finished, made):
     assert load_translator(made / "float32").decoding == load_run(finished).decoding
 
 
+def structure(start):
+    """With the names of axes."""
+    return jax.tree.structure(start.params)
+
+
 @pytest.mark.parametrize(("name", "tolerance"), [("int8", 0.02), ("int4", 0.3)])
 def test_rounded_weights_score_about_the_same(finished, made, name, tolerance):
     found, wanted = scores(made / name), scores(finished)
@@ -63,9 +68,12 @@ def test_fewer_bits_take_fewer_bytes(made):
     assert sizes == sorted(sizes)
 
 
-def test_a_quantised_model_is_exported_and_trained_on_in_float(made, corpus, tmp_path):
+def test_a_quantised_model_is_exported_and_trained_on_in_float(
+    finished, made, corpus, tmp_path
+):
     export_model(made / "int8", tmp_path / "hf", to="hf")
     there, here = load_start(tmp_path / "hf"), load_start(made / "int8").in_float()
+    assert structure(here) == structure(load_start(finished))
     there = flatten(there.params)
     for name, ours in flatten(here.params).items():
         np.testing.assert_array_equal(ours, there[name])
@@ -102,7 +110,7 @@ def test_what_is_rounded_changes_the_loss(finished):
     assert len({float(loss) for loss in losses}) == 3
 
 
-def test_a_pruned_model_is_smaller_and_is_used_as_any_other(finished, corpus, tmp_path):
+def test_a_pruned_model_is_smaller_and_is_used_as_any_other(finished, tmp_path):
     what = Pruning(heads=0.34, feed_forward=0.5)
     pruned = prune_model(finished, tmp_path / "out", what, pairs=PAIRS)
     counts, whole = pruned.model.heads_by_layer, load_start(finished).model
@@ -111,17 +119,24 @@ def test_a_pruned_model_is_smaller_and_is_used_as_any_other(finished, corpus, tm
     assert load_start(tmp_path / "out").model == pruned.model
     size = sum(x.size for x in jax.tree.leaves(pruned.params))
     assert size == param_count(pruned.model) < param_count(whole)
-    compress_model(tmp_path / "out", tmp_path / "int8", INT8)
-    np.testing.assert_allclose(
-        scores(tmp_path / "int8"), scores(tmp_path / "out"), atol=0.05
-    )
+    found = load_translator(tmp_path / "out")
+    assert len(found.score(PAIRS)) == 2
     with pytest.raises(InteropError, match="prune with --even-heads"):
         export_model(tmp_path / "out", tmp_path / "hf", to="hf")
+
+
+def test_a_pruned_model_is_trained_on_and_quantised(finished, corpus, tmp_path):
+    prune_model(finished, tmp_path / "out", Pruning(heads=0.34), pairs=PAIRS)
     config = toy.make_config(
         corpus, tmp_path / "on", steps=1, init_from=str(tmp_path / "out")
     )
     toy.run(config)
-    assert load_start(tmp_path / "on").model.heads_by_layer == counts
+    counts = load_start(tmp_path / "out").model.heads_by_layer
+    assert load_start(tmp_path / "on").model.heads_by_layer == counts is not None
+    compress_model(tmp_path / "on", tmp_path / "int8", INT8)
+    np.testing.assert_allclose(
+        scores(tmp_path / "int8"), scores(tmp_path / "on"), atol=0.05
+    )
 
 
 def test_mistakes_are_said(made, finished, tmp_path):
