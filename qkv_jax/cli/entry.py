@@ -15,7 +15,8 @@ USAGE = f"""usage: {PROGRAM} COMMAND ...
   train FILE [OPTIONS]           train the CONFIG of an experiment file; run again to resume
                                  (--init-from MODEL: fine-tune; --debug-nans: stop at the
                                  operation that makes a NaN)
-  evaluate MODEL [OPTIONS]       BLEU and chrF of a model on held-out text; a task's own metrics
+  evaluate MODEL... [OPTIONS]    BLEU, chrF, TER of models on held-out text; a task's own metrics
+  compare A B... [OPTIONS]       which differences from the first are real: paired tests, sentences
   translate MODEL [TEXT ...]     translate arguments, a file, or standard input
   back-translate MODEL [OPTIONS] training pairs from text in the target language alone
   score MODEL [OPTIONS]          log-probabilities that a model gives to translations
@@ -36,7 +37,8 @@ name on the hub.
 # The module of each command, imported when it is called; its function has the command's name.
 COMMANDS = {
     "train": "training",
-    "evaluate": "translating",
+    "evaluate": "evaluating",
+    "compare": "evaluating",
     "translate": "translating",
     "back-translate": "back_translation",
     "score": "translating",

@@ -71,21 +71,75 @@ class Search(Use):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluate(Search):
-    """BLEU and chrF of a model on held-out text, with sacreBLEU's signatures.
+class HeldOutText(Search):
+    """The text that models are measured on.
 
     Attributes:
         split: part of the run's own corpus.
-        source, reference: files to evaluate on instead, one sentence a line.
-        output: file for the translations, one a line.
+        source: file to measure on instead, one sentence a line.
+        reference: its translations, line by line; again for each further file of them.
+        set: a test set that sacreBLEU knows instead, such as wmt17; it is downloaded where it is
+            not in sacreBLEU's cache.
+        pair: its languages, such as en-de; default those of the run.
+        tokenize: of BLEU: sacreBLEU's 13a, intl, zh, char, flores200, ...; default by the target
+            language.
         json: print one JSON object.
     """
 
     split: Literal["test", "valid"] = "test"
     source: Path | None = None
-    reference: Path | None = None
-    output: Path | None = None
+    reference: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    set: str | None = None
+    pair: str | None = None
+    tokenize: str | None = None
     json: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate(HeldOutText):
+    """BLEU, chrF, chrF++ and TER of models on held-out text, with sacreBLEU's signatures.
+
+    Attributes:
+        more: further models; one table compares them all.
+        lengths: words of the source at which the next group of sentences begins that is scored by
+            itself.
+        resamples: of the bootstrap that gives 95 % intervals, such as 1000; 0: none.
+        comet: score by COMET too, by this model, such as Unbabel/wmt22-comet-da.
+        output: file for the translations, one a line; of several models, directory for their files.
+    """
+
+    more: tyro.conf.Positional[tuple[Path, ...]] = ()
+    lengths: tuple[int, ...] = (10, 20, 30, 40, 50, 60)
+    resamples: int = 0
+    comet: str | None = None
+    output: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compare(HeldOutText):
+    """Which differences between systems are real: paired tests of each against the first.
+
+    A system is a model, or a file of translations, one a line.
+
+    Attributes:
+        more: the systems that are compared with it.
+        metrics: bleu, bleu_lower_tokenized, chrf, chrf_plus_plus, ter.
+        level: p-value below which a difference counts as real.
+        resamples: of the paired bootstrap.
+        trials: of the approximate randomization.
+        examples: sentences shown where a system gains most on the first, and where it loses most.
+        by: what sentences are compared by.
+        output: directory for comparison.json and the translations.
+    """
+
+    more: tyro.conf.Positional[tuple[Path, ...]] = ()
+    metrics: tuple[str, ...] = ("bleu", "chrf", "ter")
+    level: float = 0.05
+    resamples: int = 1000
+    trials: int = 10_000
+    examples: int = 3
+    by: Literal["chrf", "bleu"] = "chrf"
+    output: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
-"""Commands that use a model: translate, evaluate, score, plot."""
+"""Commands that use a model: translate, score, plot."""
 
-import dataclasses
 import json
 import math
 import sys
@@ -9,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from qkv_jax.cli.options import (
-    Evaluate,
     Plot,
     Score,
     Translate,
     check_language,
-    checkpoint_of,
     load_model,
 )
 from qkv_jax.cli.parsing import (
@@ -32,83 +29,6 @@ OVERLONG = {
     "split": "translated in parts",
     "refuse": "left empty",
 }
-
-
-def evaluate(arguments: list[str]) -> None:
-    options = parse("evaluate", Evaluate, arguments)
-    from qkv_jax.data import read_pairs
-    from qkv_jax.tasks import is_task
-    from qkv_jax.translation import evaluate_run, is_run
-
-    if is_task(options.model):
-        _evaluate_task(options)
-        return
-    if (options.source is None) != (options.reference is None):
-        raise UsageError("--source and --reference go together")
-    if options.source is not None:
-        check_language(options)
-    translator = load_model(options)
-    if options.source is None and not is_run(options.model):
-        raise UsageError(
-            f"{options.model} is no run, which has a corpus: give --source and --reference"
-        )
-    if options.source is not None:
-        pairs = read_pairs(options.source, options.reference)
-    else:
-        pairs = getattr(_own_data(options).load(), options.split)
-    if not pairs:
-        raise UsageError(
-            f"the run's corpus has no {options.split} part: give --source and --reference"
-        )
-    scores, translations = evaluate_run(translator, pairs)
-    if options.output is not None:
-        write_lines(options.output, translations)
-    if options.json:
-        print(json.dumps(scores.to_json()))
-        return
-    for name, signature in scores.signatures.items():
-        print(f"{name:>20} {getattr(scores, name):6.2f}   {signature}")
-    print(
-        f"{'length_ratio':>20} {scores.length_ratio:6.3f}   {len(pairs):,} sentences in batches "
-        f"of {len(translator.shapes)} shapes"
-    )
-
-
-def _own_data(options: Evaluate) -> Any:
-    """The data of a run; of a multilingual one, for the languages asked for, without tags."""
-    from qkv_jax.data import MultilingualData
-    from qkv_jax.translation import read_run
-
-    own = read_run(options.model).data
-    if options.target_language is None or not isinstance(own, MultilingualData):
-        return own
-    source, target = options.source_language, options.target_language
-    kept = [p for p in own.pairs if p[1] == target and source in (None, p[0])]
-    return dataclasses.replace(own, pairs=tuple(kept))
-
-
-def _evaluate_task(options: Evaluate) -> None:
-    """Metrics of a run that learned from examples, on a part of its data."""
-    from qkv_jax.tasks import load_task
-
-    free = ("model", "split", "checkpoint", "json")
-    default = Evaluate(model=options.model)
-    for name, value in vars(options).items():
-        if name not in free and value != getattr(default, name):
-            option = name.replace("_", "-")
-            raise UsageError(
-                f"--{option} is of translation, and {options.model} does none"
-            )
-    trained = load_task(options.model, checkpoint=checkpoint_of(options.checkpoint))
-    arrays = getattr(trained.splits, options.split)
-    if not arrays:
-        raise UsageError(f"the run's data has no {options.split} part")
-    values = trained.evaluate(arrays)
-    if options.json:
-        print(json.dumps(values))
-        return
-    for name, value in values.items():
-        print(f"{name:>20} {value:.4f}")
 
 
 def translate(arguments: list[str]) -> None:

@@ -21,6 +21,9 @@ from qkv_jax.data.files import write_atomically as write_atomically
 from qkv_jax.data.filters import FilterReport as FilterReport
 from qkv_jax.data.filters import Filters as Filters
 from qkv_jax.data.filters import filter_pairs as filter_pairs
+from qkv_jax.data.held_out import HeldOut as HeldOut
+from qkv_jax.data.held_out import read_held_out as read_held_out
+from qkv_jax.data.held_out import read_sacrebleu_set as read_sacrebleu_set
 from qkv_jax.data.homeassistant import load_homeassistant as load_homeassistant
 from qkv_jax.data.hub import read_hub as read_hub
 from qkv_jax.data.labelled_text import LabelledCsv as LabelledCsv

@@ -11,6 +11,8 @@ from qkv_jax.layers.embedding import Embedding as Embedding
 from qkv_jax.layers.embedding import Positions as Positions
 from qkv_jax.layers.feed_forward import Activation as Activation
 from qkv_jax.layers.feed_forward import FeedForward as FeedForward
+from qkv_jax.layers.halting import AdaptiveDepth as AdaptiveDepth
+from qkv_jax.layers.halting import Halted as Halted
 from qkv_jax.layers.kinds import AttentionKind as AttentionKind
 from qkv_jax.layers.norm import Normalisation as Normalisation
 from qkv_jax.layers.norm import make_norm as make_norm

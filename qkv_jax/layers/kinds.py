@@ -24,7 +24,7 @@ KindName = Literal[
 # What each kind can be told, and what holds where it is not.
 OPTIONS: dict[str, dict[str, Any]] = {
     "window": {"window": 64},
-    "block_sparse": {"block": 64, "summary": 4},
+    "block_sparse": {"block": 64, "random": 1, "longest": 1024},
     "performer": {"features": 64},
     "linformer": {"rank": 64, "longest": 1024},
     "adaptive_span": {"longest": 1024, "ramp": 32.0, "penalty": 0.0},
@@ -39,7 +39,8 @@ class AttentionKind:
 
     Attributes:
         name: "softmax" over all keys; "window": those near the query; "block_sparse": those of the
-            query's block, and the last of every block (Child et al. 2019, arXiv 1904.10509, "fixed");
+            query's block, its neighbours, the first and some random ones (Zaheer et al. 2020,
+            arXiv 2007.14062);
             "linear": elu(x) + 1 in place of the softmax (Katharopoulos et al. 2020, 2006.16236);
             "performer": random features of it (Choromanski et al. 2021, 2009.14794), drawn once and
             for all; "linformer": keys and values of all places mixed into a few (Wang et al. 2020,
@@ -48,10 +49,11 @@ class AttentionKind:
             looks (Sukhbaatar et al. 2019, 1905.07799).
         layers: numbers of the layers that have it, the others being "softmax"; None: all.
         window: of "window": keys on each side of the query; 64.
-        block, summary: of "block_sparse": tokens of a block, and those at its end that all see; 64, 4.
+        block, random: of "block_sparse": tokens of a block, and random blocks of each; 64, 1.
         features: F of "performer"; 64.
         rank: of "linformer": mixed keys; 64.
-        longest: of "linformer" and "adaptive_span": the longest sequence, the longest span; 1024.
+        longest: of "block_sparse" and "linformer": tokens of the longest sequence; of
+            "adaptive_span": the longest span; 1024.
         ramp: of "adaptive_span": tokens over which weights fade out; 32.
         penalty: of "adaptive_span": added to the loss a token, times the mean share of `longest`
             that the heads of all such layers look at; 0.
@@ -62,7 +64,7 @@ class AttentionKind:
     layers: tuple[int, ...] | None = None
     window: int | None = None
     block: int | None = None
-    summary: int | None = None
+    random: int | None = None
     features: int | None = None
     rank: int | None = None
     longest: int | None = None
@@ -85,12 +87,8 @@ class AttentionKind:
                     continue
                 if option not in known:
                     raise ValueError(f"{option} is not of the kind {self.name!r}.")
-                if value < 0 or (value == 0 and option != "penalty"):
+                if value < 0 or (value == 0 and option not in ("penalty", "random")):
                     raise ValueError(f"{option} must be positive; got {value}.")
-        if self.name == "block_sparse" and self.option("summary") > self.option(
-            "block"
-        ):
-            raise ValueError("summary must be at most block.")
 
     def option(self, name: str) -> Any:
         """The value of an option that the kind has."""
@@ -121,8 +119,12 @@ class AttentionKind:
         if self.name == "window":
             return masks.window(self.option("window"), self.option("window"))
         if self.name == "block_sparse":
-            return patterns.fixed(
-                self.option("block"), self.option("summary"), causal=False
+            return patterns.big_bird(
+                self.option("longest"),
+                self.option("block"),
+                global_blocks=1,
+                random_blocks=self.option("random"),
+                seed=0,
             )
         return None
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qkv_jax.decoding import greedy_search
 from qkv_jax.layers import (
     AddPositions,
     Embedding,
@@ -264,28 +265,34 @@ class Model(nnx.Module):
             KVCache.zeros(B * L, steps, heads, D // heads, patches.dtype)
             for _ in blocks
         ]
-        ancestry = Ancestry.start(B * L, 1, steps)
+        first = starts.reshape(B * L, 1)
 
-        def advance(carry: Any, _: None) -> tuple[Any, Array]:
-            token, caches, ancestry, over = carry
+        def step(token: Array, cache: Any) -> tuple[Array, Any]:
+            caches, ancestry = cache
+            # Each caption begins with its own tag.
+            token = jnp.where(ancestry.step == 0, first, token)
             x = self._embed(token, ancestry.step[None, None])
             kept, count = [], len(self.text_blocks)
-            for i, (block, cache) in enumerate(zip(blocks, caches)):
+            for i, (block, layer) in enumerate(zip(blocks, caches)):
                 if i >= count:
                     asked = x.reshape(B, L, D)
                     x = self.crosses[i - count](asked, remembered[i - count])
                     x = x.reshape(B * L, 1, D)
-                x, cache = _step(block, x, cache, ancestry)
-                kept.append(cache)
-            best = self._logits(x).argmax(axis=-1).astype(jnp.int32)
-            best = jnp.where(over, PAD, best)
-            over = over | (best == EOS)
-            return (best, kept, ancestry.advance(), over), best[:, 0]
+                x, layer = _step(block, x, layer, ancestry)
+                kept.append(layer)
+            return self._logits(x), (kept, ancestry.advance())
 
-        first = starts.reshape(B * L, 1)
-        start = (first, caches, ancestry, jnp.zeros((B * L, 1), bool))
-        _, found = jax.lax.scan(advance, start, length=steps - 1)
-        captions = jnp.concatenate([first, found.T], axis=1)
+        found = greedy_search(
+            step,
+            (caches, Ancestry.start(B * L, 1, steps)),
+            batch_size=B * L,
+            bos=EOS,
+            eos=EOS,
+            pad=PAD,
+            max_length=steps - 1,
+            end_at_limit=False,
+        )
+        captions = jnp.concatenate([first, found.tokens[:, 0]], axis=1)
         return captions.reshape(B, L, steps)
 
     def _compare(self, images: Array, texts: Array, weight: Array) -> Array:

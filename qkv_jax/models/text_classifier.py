@@ -14,10 +14,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qkv_jax.layers import (
+    AdaptiveDepth,
     AddPositions,
     AttentionKind,
     Embedding,
     EncoderBlock,
+    Halted,
     Positions,
     QKVAttention,
     make_norm,
@@ -28,7 +30,7 @@ from qkv_jax.ops.dropout import keep
 
 Array = jax.Array
 Batch = Mapping[str, Array]
-Pooling = Literal["class_token", "mean", "attention"]
+Pooling = Literal["class_token", "mean", "distinct", "attention"]
 PAD = 0  # The feature that stands for nothing.
 
 
@@ -46,8 +48,13 @@ class Config:
         window: even number of words that a word sees around it, besides the class token, which sees
             and is seen by all; None: every word sees all.
         attention: the kind of attention of the blocks.
-        pooling: which one vector stands for the text: that of the class token, the mean over its
-            tokens, or their mean weighted by the attention of one learned query.
+        halting: what is added to the loss a text for each application of a block to one of its tokens,
+            on average: there is one block then, applied to each token until that halts, at most
+            `layers` times, see `AdaptiveDepth`; None: `layers` blocks, each applied once.
+        pooling: which one vector stands for the text: that of the class token; the mean over its
+            tokens; the mean in which all places of a word count together as one ("distinct": of
+            film reviews, which words occur tells more than how often, Pang et al. 2002,
+            cs/0205070); or the mean weighted by the attention of one learned query.
         positions: whether sinusoids are added to the words' vectors.
         vector_stddev: of the entries of words' vectors, as they are drawn. Where training texts are few,
             vectors drawn small keep what a word has not been taught from counting.
@@ -66,6 +73,7 @@ class Config:
     d_ff: int = 256
     window: int | None = None
     attention: AttentionKind = field(default_factory=AttentionKind)
+    halting: float | None = None
     pooling: Pooling = "class_token"
     positions: bool = True
     vector_stddev: float = 1.0
@@ -78,6 +86,11 @@ class Config:
         if self.pooling not in get_args(Pooling):
             raise ValueError(
                 f"pooling must be one of {get_args(Pooling)}; got {self.pooling!r}."
+            )
+        if self.halting is not None and (self.halting < 0 or not self.layers):
+            raise ValueError(
+                "halting must not be negative, and needs layers; got "
+                f"halting = {self.halting}, layers = {self.layers}."
             )
         if self.vector_stddev <= 0:
             raise ValueError(
@@ -169,8 +182,11 @@ class Model(nnx.Module):
                 residual={"place": "pre", **rates},
                 rngs=rngs,
             )
-            for i in range(config.layers)
+            for i in range(config.layers if config.halting is None else 1)
         )
+        if config.halting is not None:
+            self.depth = AdaptiveDepth(self.blocks[0], D, most=config.layers, rngs=rngs)
+            self.blocks = nnx.List([])
         if not config.layers:
             self.qkv = QKVAttention(D, D, D, dtype=dtype, rngs=rngs)
         self.norm = make_norm(D, "layer", 1e-5, dtype, rngs)
@@ -194,7 +210,13 @@ class Model(nnx.Module):
                 is the class token.
             rng: draws the dropouts; None: there is none.
         """
-        rngs = split_rng(rng, 3 + len(self.blocks))
+        return self.classes(tokens, rng=rng)[0]
+
+    def classes(
+        self, tokens: Array, *, rng: Array | None = None
+    ) -> tuple[Array, Halted | None]:
+        """The scores of a call, and how often the block was applied, where that is adaptive."""
+        rngs = split_rng(rng, 3 + max(1, len(self.blocks)))
         places = jnp.arange(tokens.shape[1])[None]
         x = self.positions(self.vectors(tokens), places, rng=rngs[0])
         there = (tokens != PAD).any(axis=2)
@@ -202,12 +224,17 @@ class Model(nnx.Module):
             mask = who_sees_whom(there, self.config.window)
         else:
             mask = masks.dense(there[:, None, None, :])
-        if not self.blocks:
+        halted = None
+        if self.config.halting is not None:
+            halted = self.depth(x, there, mask=mask, rng=rngs[3])
+            x = halted.states
+        elif not self.blocks:
             x = dropout(self.qkv(x, x, x, mask=mask), self.config.dropout, rngs[1])
         for block, drawn in zip(self.blocks, rngs[3:]):
             x = block(x, mask=mask, rng=drawn)
-        pooled = dropout(self.norm(self.pool(x, there)), self.config.dropout, rngs[2])
-        return self.classify(pooled).astype(jnp.float32)
+        pooled = self.norm(self.pool(x, tokens))
+        pooled = dropout(pooled, self.config.dropout, rngs[2])
+        return self.classify(pooled).astype(jnp.float32), halted
 
     def vectors(self, tokens: Array) -> Array:
         """The mean vector of each token's features: (B, T, features) -> (B, T, D)."""
@@ -223,13 +250,16 @@ class Model(nnx.Module):
         count = jnp.maximum((tokens != PAD).sum(axis=2), 1)[..., None]
         return pin(total / count * table.shape[1] ** 0.5, "batch", "length")
 
-    def pool(self, states: Array, there: Array) -> Array:
-        """One vector for each text: states (B, T, D) of tokens, bool (B, T), -> (B, D)."""
+    def pool(self, states: Array, tokens: Array) -> Array:
+        """One vector for each text: states (B, T, D) of tokens (B, T, features) -> (B, D)."""
+        there = (tokens != PAD).any(axis=2)
         if self.config.pooling == "class_token":
             return states[:, 0]
         scores = jnp.zeros(states.shape[:2], jnp.float32)
         if self.config.pooling == "attention":
             scores = states.astype(jnp.float32) @ self.query[...]
+        if self.config.pooling == "distinct":
+            scores = -jnp.log(occurrences(tokens[..., 0], self.config.vocabulary))
         weights = jax.nn.softmax(scores, axis=1, where=there)
         return jnp.einsum("BT,BTD->BD", weights.astype(states.dtype), states)
 
@@ -245,19 +275,37 @@ class Model(nnx.Module):
         tokens, labels, weight = batch["tokens"], batch["labels"], batch["weight"]
         rngs = split_rng(rng, 2)
         tokens = leave_out_words(tokens, self.config.masking, rngs[0])
-        logits = self(tokens, rng=rngs[1])
+        logits, halted = self.classes(tokens, rng=rngs[1])
         sums = class_sums(logits, labels, weight, smoothing=self.config.smoothing)
+        if halted is not None and self.config.halting is not None:
+            count = jnp.maximum((tokens != PAD).any(axis=2).sum(axis=1), 1)
+            ponder, depth = (
+                jnp.sum(weight * x.sum(axis=1) / count)
+                for x in (halted.ponder, halted.depth)
+            )
+            sums["depth_sum"] = depth
+            sums["loss_sum"] = sums["loss_sum"] + self.config.halting * ponder
         return sums["loss_sum"], sums
 
     def predict(self, batch: Batch) -> dict[str, Array]:
-        """Scores of the classes, (B, V), under "logits"."""
-        return {"logits": self(batch["tokens"])}
+        """Scores of the classes, (B, V), and where it is adaptive, the depth of tokens (B, T)."""
+        logits, halted = self.classes(batch["tokens"])
+        return {"logits": logits} | ({} if halted is None else {"depth": halted.depth})
 
 
 def who_sees_whom(there: Array, window: int | None) -> Mask:
     """Pairs of tokens that are there, (B, T): all, or those near each other or the class token's."""
     real = masks.segments(jnp.where(there, 1, 2), there.astype(jnp.int32))
     return real if window is None else real & patterns.longformer(window, [0])
+
+
+def occurrences(words: Array, vocabulary: int) -> Array:
+    """How often the word at each place of (B, T) occurs in its row, float32."""
+
+    def of_row(row: Array) -> Array:
+        return jnp.zeros(vocabulary, jnp.float32).at[row].add(1.0)[row]
+
+    return jax.vmap(of_row)(words)
 
 
 def leave_out_words(tokens: Array, rate: float, rng: Array | None) -> Array:

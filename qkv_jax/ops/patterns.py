@@ -72,16 +72,11 @@ def strided(stride: int) -> Mask:
     return masks.window(int(stride), 0) | dilated(None, 0, stride)
 
 
-def fixed(stride: int, summary: int, *, causal: bool = True) -> Mask:
-    """Admits the query's own chunk of `stride` and the last `summary` keys of each.
+def fixed(stride: int, summary: int) -> Mask:
+    """Admits, causally, the query's own chunk of `stride` and the last `summary` keys of each.
 
     For data without a period, as text. One mask for all heads. What it says of blocks is sound: one
     that is empty or full may count as one in doubt.
-
-    Args:
-        stride: tokens of a chunk.
-        summary: tokens at the end of each that all see.
-        causal: whether keys after the query are ruled out, as published.
 
     Raises:
         ValueError: summary is not in 1..stride.
@@ -94,8 +89,7 @@ def fixed(stride: int, summary: int, *, causal: bool = True) -> Mask:
             f"fixed: summary must be at most stride = {stride}; got {summary}."
         )
     summaries = Summaries(width=int(stride), count=int(summary))
-    admitted = chunked(stride) | summaries
-    return masks.causal() & admitted if causal else admitted
+    return masks.causal() & (chunked(stride) | summaries)
 
 
 def block_sparse(layout: np.ndarray | Array, block_size: int) -> Mask:

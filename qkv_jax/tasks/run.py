@@ -13,9 +13,17 @@ from jax.sharding import Mesh
 
 from qkv_jax import training
 from qkv_jax.data import train_iterator
-from qkv_jax.data.splits import Arrays, Cut, ExampleStream, Splits, example_batches
+from qkv_jax.data.splits import (
+    Arrays,
+    Cut,
+    ExampleStream,
+    Splits,
+    count_rows,
+    example_batches,
+)
 from qkv_jax.tasks.config import TaskConfig, fill_sizes, model_class, new_model
 from qkv_jax.training import RunError
+from qkv_jax.training.model_card import array_digest, numbers, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +92,7 @@ def make_task(config: TaskConfig, mesh: Mesh) -> training.Task:
             "training.patience needs validation examples: --training.patience None"
         )
 
-    def finish(directory: Path) -> dict[str, Any]:
+    def finish(directory: Path) -> training.Outcome:
         return _finish(config, model, splits, mesh, directory)
 
     return training.Task(
@@ -154,17 +162,49 @@ def load_task(
 
 def _finish(
     config: TaskConfig, model: Any, splits: Splits, mesh: Mesh, directory: Path
-) -> dict[str, Any]:
+) -> training.Outcome:
     """Draws the curves, and evaluates the trained model on the test part."""
     from qkv_jax import viz  # Imported here: matplotlib takes most of a second.
 
     metrics = directory / training.metrics.METRICS_FILE
     training.on_first(lambda: viz.plot_curves(metrics, directory / "curves.png"))
-    if not len(next(iter(splits.test.values()), ())):
-        return {}
-    params = _restore(config, model, directory, None, mesh)
-    evaluate = _evaluation(config, model, splits, splits.test, mesh, directory)
-    return {"test": evaluate(params)}
+    results: dict[str, Any] = {}
+    if len(next(iter(splits.test.values()), ())):
+        params = _restore(config, model, directory, None, mesh)
+        evaluate = _evaluation(config, model, splits, splits.test, mesh, directory)
+        results = {"test": evaluate(params)}
+    return training.Outcome(
+        results=results,
+        summary=f"`{model_class(model).__module__}` trained by `{type(config.data).__name__}`.",
+        sections=_sections(splits, results) if training.is_first() else (),
+    )
+
+
+def _sections(splits: Splits, results: Mapping[str, Any]) -> list[training.Section]:
+    """What the model card says of a task on examples."""
+    parts = {"training": splits.train, "validation": splits.valid, "test": splits.test}
+    rows = [
+        (name, f"{count_rows(part):,}", array_digest(part))
+        for name, part in parts.items()
+        if part
+    ]
+    said = "\n".join(f"- {line}" for line in splits.report)
+    found = numbers(results)
+    return [
+        training.Section("Metrics", table(("metric", "value"), found))
+        if found
+        else training.Section("Metrics", "There is no test part: nothing was tested."),
+        training.Section(
+            "Known limits",
+            "It was measured on the test part of its own data alone, by these numbers alone. What "
+            "licence the data has, and what may be done with the model, the run does not know.",
+        ),
+        training.Section(
+            "Data",
+            table(("part", "examples", "SHA-256 of its arrays"), rows)
+            + f"\n\n{said}".rstrip(),
+        ),
+    ]
 
 
 def _evaluation(

@@ -28,6 +28,7 @@ from qkv_jax.training.loop import train as train
 from qkv_jax.training.metrics import MetricsWriter as MetricsWriter
 from qkv_jax.training.metrics import RateMeter as RateMeter
 from qkv_jax.training.metrics import read_metrics as read_metrics
+from qkv_jax.training.model_card import Section as Section
 from qkv_jax.training.optimizers import OptimizerConfig as OptimizerConfig
 from qkv_jax.training.optimizers import make_optimizer as make_optimizer
 from qkv_jax.training.optimizers import make_schedule as make_schedule
@@ -60,6 +61,7 @@ from qkv_jax.training.step import make_eval_step as make_eval_step
 from qkv_jax.training.step import make_train_step as make_train_step
 from qkv_jax.training.stopping import saved_at as saved_at
 from qkv_jax.training.stopping import stop_point as stop_point
+from qkv_jax.training.task import Outcome as Outcome
 from qkv_jax.training.task import Task as Task
 from qkv_jax.training.task import Trainable as Trainable
 from qkv_jax.training.task import in_directory as in_directory

@@ -113,7 +113,7 @@ class Record:
         best_value: its metric, or None.
         stale: evaluations in a row since.
         tokens: real target tokens trained on.
-        seconds: wall time of training, all processes of the run together.
+        seconds: wall time of the loop with its evaluations, all parts of the run together.
         pending: the evaluation of this step was stopped, and is made when the run goes on.
     """
 
@@ -140,6 +140,9 @@ class TrainResult:
         tokens_per_second: real target tokens over training time, evaluation left out.
         steady_tokens_per_second: the same without the steps that waited for a compilation.
         seconds: wall time of this call.
+        all_seconds: with that of the calls before it in the same directory, up to their last
+            checkpoints.
+        tokens: real target tokens trained on, by all of these calls.
         compilations: distinct batch shapes.
         compile_seconds: tracing and compiling them.
     """
@@ -153,6 +156,8 @@ class TrainResult:
     tokens_per_second: float
     steady_tokens_per_second: float
     seconds: float
+    all_seconds: float
+    tokens: int
     compilations: int
     compile_seconds: float
 
@@ -232,7 +237,7 @@ def train(
             if record.step:
                 line.say(f"resuming {directory} at step {record.step}")
             session = _Session(
-                config, store, writer, line, record, evaluate, iterator, finetune
+                config, store, writer, line, record, evaluate, iterator, finetune, began
             )
             try:
                 session.evaluate_if_pending(state)
@@ -317,7 +322,7 @@ class _Session:
     """What happens between two steps: metrics, evaluation, checkpoints, the end."""
 
     def __init__(
-        self, config, store, writer, line, record, evaluate, iterator, finetune
+        self, config, store, writer, line, record, evaluate, iterator, finetune, began
     ):
         self.config, self.store, self.writer, self.line = config, store, writer, line
         self.record, self.evaluate, self.iterator = record, evaluate, iterator
@@ -325,7 +330,7 @@ class _Session:
         self.log = TrainLog(
             writer, line, every=config.log_every, max_skipped=config.max_skipped
         )
-        self._tokens, self._seconds = record.tokens, record.seconds
+        self._tokens, self.began = record.tokens, began - record.seconds
         self._saved = record.step
         self._rows: list[dict[str, np.ndarray]] = []
 
@@ -424,7 +429,7 @@ class _Session:
         self._saved = self.record.step
         self.log.flush()
         self.record.tokens = self._tokens + round(self.log.meter.tokens)
-        self.record.seconds = self._seconds + self.log.meter.seconds
+        self.record.seconds = time.perf_counter() - self.began
         self.store.save(self.record.step, state, self._progress())
 
     def _progress(self) -> dict[str, Any]:
@@ -474,6 +479,8 @@ def _result(state, session: _Session, step_fn: _CountedStep, directory, seconds:
         tokens_per_second=meter.rate,
         steady_tokens_per_second=meter.steady_rate,
         seconds=seconds,
+        all_seconds=time.perf_counter() - session.began,
+        tokens=record.tokens,
         compilations=step_fn.compilations,
         compile_seconds=step_fn.seconds,
     )

@@ -24,14 +24,19 @@ class RunConfig:
         directory: of the run; None: runs/<name of the experiment>.
         seeds: runs to train, of as many seeds from training.seed on, in directory/seed-<seed>;
             their mean is the result. 1: one run, in the directory itself.
+        watts: electric power of all the run's machines, for the energy in its model card; None:
+            one is assumed by the kind of the devices, and stated.
     """
 
     directory: Path | None = None
     seeds: int = 1
+    watts: float | None = None
 
     def __post_init__(self):
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1; got {self.seeds}.")
+        if self.watts is not None and not self.watts > 0:
+            raise ValueError(f"watts must be positive, or None; got {self.watts}.")
 
 
 def open_run(
@@ -174,11 +179,16 @@ def _prepare(directory: Path) -> bool:
     return False
 
 
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+def write_text(file: Path, text: str) -> None:
+    """Writes a file of a run so that at any moment it is the old one or the new."""
     temporary = file.with_name(file.name + ".tmp")
-    text = json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+    write_text(file, text)
 
 
 def _differences(there: Any, here: Any, name: str = "") -> list[str]:

@@ -21,9 +21,20 @@ from qkv_jax.training.distributed import (
     on_first,
 )
 from qkv_jax.training.errors import RunError
-from qkv_jax.training.loop import BatchIterator, TrainingConfig, train
+from qkv_jax.training.loop import BatchIterator, TrainingConfig, TrainResult, train
+from qkv_jax.training.model_card import (
+    CARD_FILE,
+    Section,
+    assumed_power,
+    code_version,
+    cost,
+    hardware,
+    make_card,
+    numbers,
+    table,
+)
 from qkv_jax.training.optimizers import OptimizerConfig
-from qkv_jax.training.runs import RunConfig, finish_run, locked, open_run
+from qkv_jax.training.runs import RunConfig, finish_run, locked, open_run, write_text
 from qkv_jax.training.sharding import MeshConfig, make_mesh, state_shardings
 from qkv_jax.training.step import LossFn
 from qkv_jax.training.stopping import saved_at
@@ -35,9 +46,26 @@ def _nothing(directory: Path) -> None:
     del directory
 
 
-def _no_results(directory: Path) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What testing a trained model gave.
+
+    Attributes:
+        results: its part of result.json.
+        summary: what the model is, a sentence for the model card.
+        sections: of the card; only the first process's are used.
+        front: metadata of the card for the hub, in JSON's types.
+    """
+
+    results: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    summary: str = ""
+    sections: Sequence[Section] = ()
+    front: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _no_results(directory: Path) -> Outcome:
     del directory
-    return {}
+    return Outcome()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,8 +86,7 @@ class Task:
         score_first: whether to evaluate before the first step.
         save: writes what it takes to use the model, besides its configuration and weights, into
             the new run's directory.
-        finish: tests the trained model, and draws; returns its part of result.json. Called in
-            all processes.
+        finish: tests the trained model, and draws. Called in all processes.
     """
 
     params: Any | Callable[[], Any]
@@ -74,7 +101,7 @@ class Task:
     unit: str = "tokens"
     score_first: bool = False
     save: Callable[[Path], None] = _nothing
-    finish: Callable[[Path], dict[str, Any]] = _no_results
+    finish: Callable[[Path], Outcome] = _no_results
 
 
 class Trainable(Protocol):
@@ -136,7 +163,7 @@ def train_task(config: Trainable, *, console: Console | None = None) -> dict[str
 def _train_task(
     config: Trainable, console: Console | None, held: contextlib.ExitStack
 ) -> dict[str, Any]:
-    began = time.perf_counter()
+    began, code = time.perf_counter(), code_version()
     console = console or Console(stderr=True)
     directory = Path(config.run.directory or "")
     initialize(config.distributed)
@@ -205,10 +232,61 @@ def _train_task(
         "compile_seconds": result.compile_seconds,
     }
     with saved_at(result.step, directory):
-        summary |= task.finish(directory)
+        outcome = task.finish(directory)
+    summary |= outcome.results
     summary["seconds"] = time.perf_counter() - began
-    on_first(lambda: finish_run(directory, summary))
+
+    def finish() -> None:
+        card = _card(config, task, result, summary, outcome, code)
+        write_text(directory / CARD_FILE, card)
+        finish_run(directory, summary)
+
+    on_first(finish)
     return summary
+
+
+def _card(
+    config: Trainable,
+    task: Task,
+    result: TrainResult,
+    summary: Mapping[str, Any],
+    outcome: Outcome,
+    code: str,
+) -> str:
+    """The run's model card."""
+    rows = [
+        ("parameters", f"{summary['parameters']:,}"),
+        ("of these trained", f"{summary['trained_parameters']:,}"),
+        ("updates", f"{result.step:,}"),
+        (
+            "ended",
+            "without a better evaluation" if result.stopped_early else "as planned",
+        ),
+        (f"{task.unit} trained on", f"{result.tokens:,}"),
+    ]
+    for row in result.history:
+        if row["step"] == result.best_step:
+            found = {k: x for k, x in row.items() if k.startswith("validation/")}
+            rows += [(f"{k}, best", x) for k, x in numbers(found)]
+    rows.append(
+        (f"{task.unit} a second, last part", f"{result.steady_tokens_per_second:,.0f}")
+    )
+    return make_card(
+        Path(config.run.directory or "").resolve().name,
+        front=outcome.front,
+        summary=f"{outcome.summary} Code: {code}.".strip(),
+        sections=[
+            *outcome.sections,
+            Section("Training", table(("", ""), rows)),
+            hardware(),
+            cost(
+                loop=result.all_seconds,
+                rest=summary["seconds"] - result.seconds,
+                power=assumed_power(config.run.watts),
+            ),
+        ],
+        config=config.to_json() | dict(task.identity),
+    )
 
 
 def _mesh(config: Trainable) -> Mesh:

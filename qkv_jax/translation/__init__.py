@@ -1,6 +1,8 @@
 """The translation task: text, tokeniser, model, loop and search, joined by one configuration."""
 
 from qkv_jax.translation.alignment import Alignment as Alignment
+from qkv_jax.translation.compare import Comparison as Comparison
+from qkv_jax.translation.compare import compare as compare
 from qkv_jax.translation.config import DecodingConfig as DecodingConfig
 from qkv_jax.translation.config import LanguageConfig as LanguageConfig
 from qkv_jax.translation.config import TextConfig as TextConfig

@@ -31,6 +31,7 @@ from qkv_jax.training import (
     to_plain,
 )
 
+Data = ParallelData | HomeAssistantData | HubData | MultilingualData
 METRICS = {"loss": "min", "nll": "min", "correct": "max", "bleu": "max"}
 
 
@@ -211,7 +212,7 @@ class TranslationConfig:
         distributed: how its processes find each other.
     """
 
-    data: ParallelData | HomeAssistantData | HubData | MultilingualData
+    data: Data
     init_from: str | None = None
     languages: LanguageConfig = field(default_factory=LanguageConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
@@ -298,3 +299,14 @@ class TranslationConfig:
             ValueError, TypeError, KeyError: it made no such content.
         """
         return from_plain(cls, content)
+
+
+def languages_of(data: Data) -> tuple[str | None, str | None]:
+    """The source and the target language of a corpus; None: it has several."""
+    if not isinstance(data, MultilingualData):
+        return data.source, data.target
+    sources = {source for source, _ in data.pairs}
+    return (
+        sources.pop() if len(sources) == 1 else None,
+        data.targets[0] if len(data.targets) == 1 else None,
+    )

@@ -82,6 +82,6 @@ def _summary(
         f"{result['steady_tokens_per_second']:,.0f} target tokens/s in training",
     )
     table.add_row("time", f"{seconds / 60:.1f} min")
-    table.add_row("run", f"{directory}   (curves.png, attention.png, metrics.jsonl)")
+    table.add_row("run", f"{directory}   (model_card.md, curves.png, attention.png)")
     table.add_row("try it", f'{program} translate {directory} "Turn on the light"')
     return table

@@ -16,8 +16,9 @@ from qkv_jax.compression import Quantisation, imitate
 from qkv_jax.data import BOS, EOS, EncodedPairs, Pair, SentenceTokenizer
 from qkv_jax.models import seq2seq
 from qkv_jax.training.losses import projected_cross_entropy
-from qkv_jax.translation.config import TranslationConfig
-from qkv_jax.translation.evaluate import Scores, score
+from qkv_jax.translation import card
+from qkv_jax.translation.config import TranslationConfig, languages_of
+from qkv_jax.translation.evaluate import Scores, bleu_tokenizer, corpus_bleu, score
 from qkv_jax.translation.models import (
     FLOAT,
     ModelConfig,
@@ -229,14 +230,18 @@ def make_task(config: TranslationConfig, mesh: jax.sharding.Mesh) -> training.Ta
         unit="target tokens",
         score_first=start is not None,
         save=save,
-        finish=lambda directory: _finish(directory, prepared.corpus, mesh),
+        finish=lambda directory: _finish(config, directory, prepared, mesh),
     )
 
 
 def _finish(
-    directory: Path, corpus: data.Corpus, mesh: jax.sharding.Mesh
-) -> dict[str, Any]:
+    config: TranslationConfig,
+    directory: Path,
+    prepared: Prepared,
+    mesh: jax.sharding.Mesh,
+) -> training.Outcome:
     """Draws the trained run, and scores it on the test part."""
+    corpus = prepared.corpus
     translator = load_run(directory, mesh=mesh)
     if jax.process_count() > 1:
         # The others do not draw, so nothing that is drawn may need their devices.
@@ -247,10 +252,22 @@ def _finish(
         drawer = translator
     if training.is_first():
         draw_run(directory, drawer, (corpus.test or corpus.train)[:50])
-    if not corpus.test:
-        return {}
-    scores, _ = evaluate_run(translator, corpus.test)
-    return {"test": scores.to_json()}
+    scores, sections, cut = None, [], 0
+    if corpus.test:
+        tokenize = bleu_tokenizer(languages_of(config.data)[1])
+        scores, found = evaluate_run(translator, corpus.test, tokenize=tokenize)
+        sections = card.tested(config, corpus.test, found, scores)
+        cut = translator.too_long([source for source, _ in corpus.test])
+    if training.is_first():
+        digest = prepared.tokenizer.digest
+        sections.append(card.limits(config, corpus, scores, cut))
+        sections.append(card.material(config, corpus, prepared.report, digest))
+    return training.Outcome(
+        results={} if scores is None else {"test": scores.to_json()},
+        summary=card.summary(config),
+        sections=sections,
+        front=card.front(config),
+    )
 
 
 def load_run(
@@ -277,11 +294,19 @@ def load_run(
 
 
 def evaluate_run(
-    translator: Translator, pairs: Sequence[Pair]
+    translator: Translator, pairs: Sequence[Pair], *, tokenize: str | None = None
 ) -> tuple[Scores, list[str]]:
-    """Scores of a model on (source, reference) pairs, and its translations."""
-    translations = [best[0].text for best in translator([pair[0] for pair in pairs])]
-    return score(translations, [pair[1] for pair in pairs]), translations
+    """Scores of a model on (source, reference) pairs, and its translations.
+
+    Args:
+        translator: the model.
+        pairs: at least one.
+        tokenize: of BLEU, see `make_metrics`.
+    """
+    sources, references = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    translations = [best[0].text for best in translator(sources)]
+    found = score(translations, references, sources=sources, tokenize=tokenize)
+    return found, translations
 
 
 def draw_run(directory: Path, translator: Translator, pairs: Sequence[Pair]) -> None:
@@ -343,6 +368,7 @@ def _validation(
     )
     shown = prepared.corpus.valid[: config.validation_sentences]
     greedy = dataclasses.replace(config.decoding, beams=1)
+    tokenize = bleu_tokenizer(languages_of(config.data)[1])
 
     def evaluate(params: Any) -> dict[str, float]:
         batches = data.eval_batches(
@@ -364,7 +390,8 @@ def _validation(
                 mesh=mesh,
                 quantisation=config.quantise,
             )
-            means["bleu"] = evaluate_run(translator, shown)[0].bleu
+            found = [best[0].text for best in translator([pair[0] for pair in shown])]
+            means["bleu"] = corpus_bleu(found, [pair[1] for pair in shown], tokenize)
         return means
 
     return evaluate

@@ -39,31 +39,6 @@ def test_a_run_lies_in_runs_under_the_experiments_name(tmp_path, monkeypatch, as
     assert (tmp_path / "runs" / "mine" / "attention.png").exists()
 
 
-def test_evaluate_scores_the_runs_own_test_part(trained, ask):
-    result = json.loads((trained / "result.json").read_text("utf-8"))["test"]
-    lines = ask("evaluate", trained)
-    assert [line.split()[0] for line in lines] == [
-        "bleu",
-        "bleu_lower_tokenized",
-        "chrf",
-        "length_ratio",
-    ]
-    assert lines[0].split()[1:] == [
-        f"{result['bleu']:.2f}",
-        result["signatures"]["bleu"],
-    ]
-    assert "12 sentences in batches of" in lines[-1]
-    assert json.loads("".join(ask("evaluate", trained, "--json"))) == result
-
-
-def test_evaluate_scores_files_and_writes_translations(trained, corpus, tmp_path, ask):
-    files = ["--source", corpus / "valid.en", "--reference", corpus / "valid.de"]
-    output = tmp_path / "found.txt"
-    lines = ask("evaluate", trained, *files, "--output", output)
-    assert lines == ask("evaluate", trained, "--split", "valid")
-    assert len(output.read_text("utf-8").split("\n")) == toy.PARTS["valid"] + 1
-
-
 def test_translate_reads_arguments_a_file_and_standard_input(
     trained, tmp_path, monkeypatch, ask
 ):
@@ -132,6 +107,7 @@ COMMANDS = [
     ["train"],
     ["train", str(MULTI30K)],
     ["evaluate"],
+    ["compare"],
     ["translate"],
     ["plot"],
     ["demo"],

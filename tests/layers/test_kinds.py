@@ -17,7 +17,7 @@ KINDS = {
     "softmax": AttentionKind(),
     "shared": AttentionKind(share_key_value=True),
     "window": AttentionKind(name="window", window=2),
-    "block_sparse": AttentionKind(name="block_sparse", block=4, summary=1),
+    "block_sparse": AttentionKind(name="block_sparse", block=2, random=1, longest=16),
     "linear": AttentionKind(name="linear"),
     "performer": AttentionKind(name="performer", features=8),
     "linformer": AttentionKind(name="linformer", rank=3, longest=13),
@@ -54,7 +54,7 @@ def test_every_kind_computes_something_of_its_own(name):
     [
         ("window", {"window": 3}),
         ("block_sparse", {"block": 3}),
-        ("block_sparse", {"summary": 2}),
+        ("block_sparse", {"random": 3}),
         ("performer", {"features": 9}),
         ("linformer", {"rank": 4}),
         ("adaptive_span", {"longest": 6}),
@@ -188,7 +188,7 @@ def test_what_a_kind_cannot_do_is_refused():
         ({"name": "sparse"}, "name must be one of"),
         ({"window": 3}, "window is not of the kind 'softmax'"),
         ({"name": "window", "window": 0}, "window must be positive"),
-        ({"name": "block_sparse", "block": 2}, "summary must be at most block"),
+        ({"name": "block_sparse", "random": -1}, "random must be positive"),
         ({"layers": ()}, "layers must be None"),
     ],
 )

@@ -17,6 +17,7 @@ KINDS = {
     "bert": SMALL,
     "plain": dataclasses.replace(SMALL, layers=0, pooling="mean"),
     "long": dataclasses.replace(SMALL, window=2, pooling="attention"),
+    "halting": dataclasses.replace(SMALL, halting=0.01, layers=4, pooling="mean"),
 }
 each = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 
@@ -82,6 +83,14 @@ def test_a_word_sees_its_window_and_the_class_token_alone():
     np.testing.assert_array_equal(np.broadcast_to(mask[0, 0], (9, 9)), wanted)
 
 
+def test_all_places_of_a_word_count_as_one_where_words_are_distinct():
+    config = dataclasses.replace(SMALL, pooling="distinct")
+    tokens = np.array([[2, 5, 5, 9, PAD]])[..., None]
+    states = np.repeat(np.arange(5, dtype=np.float32), 8).reshape(1, 5, 8)
+    pooled = make(config).pool(states, tokens)
+    np.testing.assert_allclose(pooled, np.full((1, 8), (0 + 1.5 + 3) / 3), rtol=1e-5)
+
+
 def test_a_word_is_the_mean_of_its_features():
     model, batch = make(SMALL), make_batch(features=3)
     batch["tokens"][0, 1] = 5, 9, PAD
@@ -112,9 +121,12 @@ def test_a_word_that_is_left_out_is_neither_seen_nor_pooled(config):
     shown = np.asarray(make(config).vectors(batch["tokens"]))
     model = make(config)
     there = jnp.asarray((batch["tokens"] != PAD).any(-1))
+    tokens = batch["tokens"]
     loud = jnp.asarray(shown).at[:, 3].set(1e6)
     if config.pooling != "class_token":
-        np.testing.assert_array_equal(model.pool(shown, there), model.pool(loud, there))
+        np.testing.assert_array_equal(
+            model.pool(shown, tokens), model.pool(loud, tokens)
+        )
     mask = text_classifier.who_sees_whom(there, config.window)
     assert not np.asarray(mask.materialise((1, 1, 9, 9)))[..., 3].any()
 
@@ -129,7 +141,9 @@ def test_a_word_that_is_left_out_is_neither_seen_nor_pooled(config):
         {"window": None},
         {"pooling": "mean"},
         {"pooling": "class_token"},
+        {"pooling": "distinct"},
         {"positions": False},
+        {"halting": 0.1},
         {"attention": AttentionKind(name="entmax")},
         {"window": None, "attention": AttentionKind(name="linear")},
         {"vector_stddev": 0.1},
@@ -186,6 +200,11 @@ def test_the_three_presets_are_what_they_say():
         ({"window": 2, "attention": AttentionKind(name="linear")}, "has no window"),
         ({"layers": 0, "attention": AttentionKind(name="linear")}, "is of blocks"),
         ({"attention": AttentionKind(layers=(3,))}, "attention.layers must be of"),
+        ({"halting": -1.0}, "halting must not be negative"),
+        (
+            {"halting": 0.1, "layers": 0},
+            "halting must not be negative, and needs layers",
+        ),
         ({"vector_stddev": 0.0}, "vector_stddev must be positive"),
         ({"window": 3}, "window must be even"),
     ],

@@ -17,6 +17,7 @@ from qkv_jax.training import (
     make_mesh,
     read_metrics,
 )
+from qkv_jax.training.model_card import array_digest
 from tests.tasks import toy
 
 ONE = MeshConfig(data=1)
@@ -36,6 +37,13 @@ def test_a_run_is_trained_tested_and_drawn(finished):
     names = {path.name for path in config.run.directory.iterdir()}
     assert {"curves.png", "recall.txt", "result.json", "config.json"} <= names
     assert is_task(config.run.directory)
+
+
+def test_a_run_leaves_a_model_card(finished):
+    config, result = finished
+    card = (config.run.directory / "model_card.md").read_text("utf-8")
+    assert f"| test.accuracy | {result['test']['accuracy']:.6g} |" in card
+    assert f"| test | 11 | {array_digest(config.data.load().test)} |" in card
 
 
 def test_a_trained_model_gives_the_results_of_its_run(finished):

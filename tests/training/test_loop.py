@@ -59,6 +59,8 @@ def test_two_steps_then_two_more_equal_four_bit_for_bit(tmp_path):
         tmp_path / "a", straight.state
     )
     assert iterator.position == 4
+    assert resumed.all_seconds > resumed.seconds > 0
+    assert resumed.tokens == straight.tokens > 0
     steps = [row["step"] for row in resumed.history if "train/loss" in row]
     assert steps == [1, 2, 3, 4]
 

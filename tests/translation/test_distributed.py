@@ -128,6 +128,10 @@ def alike(found, wanted):
         for name in here:
             np.testing.assert_allclose(here[name], there[name], rtol=1e-5)
     assert read_result(found)["test"] == read_result(wanted)["test"]
+    card, other = ((x / "model_card.md").read_text("utf-8") for x in (found, wanted))
+    titles = [re.findall(r"\n## (.*)", text) for text in (card, other)]
+    assert titles[0] == titles[1]
+    assert "Metrics" in titles[0]
 
 
 def test_two_processes_go_on_with_what_one_began(

@@ -40,6 +40,7 @@ def test_a_run_leaves_all_it_promises(finished):
     names = {path.name for path in finished.iterdir()}
     events = {name for name in names if name.startswith("events.")}
     files = {"config.json", "metrics.jsonl", "curves.png", "attention.png"}
+    files.add("model_card.md")
     assert (
         names == files | {"tokenizer", "checkpoints", "result.json", ".lock"} | events
     )
