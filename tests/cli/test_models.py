@@ -190,3 +190,5 @@ def test_compressed_models_translate_and_are_evaluated(say, places):
         fails=True,
     )
     assert "one scale an output" in error
+    (error,) = say("prune", "run", "out", fails=True)
+    assert "nothing is removed" in error
