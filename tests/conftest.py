@@ -85,6 +85,7 @@ SLOW = [
     ("test_experiments.py", "test_it_trains_two_steps_shrunk[bahdanau]"),
     ("test_experiments.py", "test_it_trains_two_steps_shrunk[multi30k]"),
     ("test_experiments.py", "test_the_lesson_runs_as_a_script"),
+    ("translation/test_compress.py", "test_a_pruned_model_is_trained_on"),
     ("translation/test_distributed.py", "test_two_processes_go_on"),
     ("translation/test_exchange.py", "keeps_its_tokeniser[run]"),
     ("translation/test_exchange.py", "test_a_resumed_run_starts"),

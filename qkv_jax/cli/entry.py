@@ -28,9 +28,13 @@ USAGE = f"""usage: {PROGRAM} COMMAND ...
   import MODEL OUT               check and convert a published model: Marian (OPUS-MT), M2M100,
                                  NLLB, BART, mBART, Pegasus, T5, mT5, Flan
   export MODEL OUT --to KIND     write a model for transformers (hf) or CTranslate2 (ctranslate2)
+  compress MODEL OUT --weights KIND
+                                 write a model with int8 or int4 weights
+  prune MODEL OUT [OPTIONS]      write a model with fewer heads, feed-forward units and layers
   demo [OPTIONS]                 train and try a small translator, about 8 minutes on 2 cores
 
-A MODEL is the directory of a run, of an imported or published model, or a name on the hub.
+A MODEL is the directory of a run, of an imported, published, compressed or pruned model, or a
+name on the hub.
 `{PROGRAM} COMMAND --help` lists the options."""
 
 # The module of each command, imported when it is called; its function has the command's name.
@@ -47,6 +51,8 @@ COMMANDS = {
     "plan": "training",
     "import": "exchange",
     "export": "exchange",
+    "compress": "compressing",
+    "prune": "compressing",
     "demo": "training",
 }
 

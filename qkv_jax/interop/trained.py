@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from qkv_jax.interop.errors import InteropError
 from qkv_jax.interop.pretrained import abstract_model, flatten
 from qkv_jax.models.seq2seq import Config, Model
 
@@ -71,7 +72,16 @@ def named_arrays(model: Weights) -> dict[str, np.ndarray]:
 def with_all_key_heads(
     config: Config, named: Mapping[str, np.ndarray]
 ) -> tuple[Config, dict[str, np.ndarray]]:
-    """The same computation with a key and value head for every query head."""
+    """The same computation with a key and value head for every query head.
+
+    Raises:
+        InteropError: heads differ by layer.
+    """
+    if config.heads_by_layer is not None:
+        raise InteropError(
+            "the layers have different numbers of heads, and the formats of transformers and "
+            "CTranslate2 have one number a side: prune with --even-heads."
+        )
     named = dict(named)
     for side in ("encoder", "decoder"):
         heads, kv_heads, _, _ = config.side(side)

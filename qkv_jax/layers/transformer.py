@@ -90,13 +90,20 @@ class DecoderBlock(nnx.Module):
     """Masked self-attention, cross-attention to the encoder, then feed-forward."""
 
     def __init__(
-        self, d_model: int, *, attention: dict, feed_forward: dict, residual: dict, rngs
+        self,
+        d_model: int,
+        *,
+        attention: dict,
+        cross: dict | None = None,
+        feed_forward: dict,
+        residual: dict,
+        rngs,
     ):
-        """Builds the sublayers from their keyword arguments."""
+        """Builds the sublayers from their keyword arguments; cross None: as attention."""
         self.attention = MultiHeadAttention(d_model, **attention, rngs=rngs)
         # A kind is of self-attention.
         plain = {name: x for name, x in attention.items() if name != "kind"}
-        self.cross = MultiHeadAttention(d_model, **plain, rngs=rngs)
+        self.cross = MultiHeadAttention(d_model, **(cross or plain), rngs=rngs)
         self.feed_forward = FeedForward(d_model, **feed_forward, rngs=rngs)
         self.after_attention = Residual(d_model, **residual, rngs=rngs)
         self.after_cross = Residual(d_model, **residual, rngs=rngs)

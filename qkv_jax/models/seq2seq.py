@@ -360,11 +360,14 @@ class Model(nnx.Module):
     ) -> Cache:
         """An empty cache for `steps` steps of `hypotheses` (Z) prefixes of each row of memory."""
         config, batch = self.config, memory.shape[0]
-        _, heads, size, _ = config.side("decoder")
+        size = config.side("decoder")[2]
+        counts = [
+            config.heads_of(f"decoder.{i}.attention") for i in range(len(self.decoder))
+        ]
         return Cache(
             layers=tuple(
                 KVCache.zeros(batch, steps * hypotheses, heads, size, memory.dtype)
-                for _ in self.decoder
+                for _, heads in counts
             ),
             memory=tuple(block.cross.remember(memory) for block in self.decoder),
             source_lengths=source_lengths,
@@ -403,10 +406,12 @@ def _kinds(
     config: Config, side: Literal["encoder", "decoder"], layer: int
 ) -> dict[str, Any]:
     """The arguments of a layer's sublayers."""
-    heads, kv_heads, size, width = config.side(side)
+    _, _, size, width = config.side(side)
     dtype = jnp.dtype(config.dtype)
-    return {
-        "attention": {
+
+    def attention(part: str) -> dict[str, Any]:
+        heads, kv_heads = config.heads_of(f"{side}.{layer}.{part}")
+        return {
             "heads": heads,
             "kv_heads": kv_heads,
             "head_size": size,
@@ -414,9 +419,13 @@ def _kinds(
             "bias": config.bias,
             "dropout_rate": config.attention_dropout,
             "context": config.context,
-            "kind": config.kind(side).of_layer(layer),
             "dtype": dtype,
-        },
+        }
+
+    kind = config.kind(side).of_layer(layer)
+    return {
+        "attention": attention("attention") | {"kind": kind},
+        **({} if side == "encoder" else {"cross": attention("cross")}),
         "feed_forward": {
             "d_ff": width,
             "activation": config.activation,

@@ -51,6 +51,8 @@ class Config:
         head_size: H; None: D // N.
         encoder_attention, decoder_attention: the kind of self-attention of each side's layers.
         decoder_heads, decoder_d_ff: N and F of the decoder; None: as the encoder's.
+        heads_by_layer: N of each of `attention_names`, where they differ, as after pruning; each
+            keeps as many query heads a key head as its side has, of size `head_size`.
         encoder_layers, decoder_layers: L on each side.
         activation, gated: of the feed-forward layers.
         norm: "post" (as published) or "pre" (with a final norm on each side).
@@ -91,6 +93,7 @@ class Config:
     decoder_attention: AttentionKind = field(default_factory=AttentionKind)
     decoder_heads: int | None = None
     decoder_d_ff: int | None = None
+    heads_by_layer: tuple[int, ...] | None = None
     encoder_layers: int = 6
     decoder_layers: int = 6
     activation: Activation = "relu"
@@ -170,6 +173,49 @@ class Config:
                     f"d_model = {self.d_model}, heads = {heads}."
                 )
 
+        if self.heads_by_layer is not None:
+            self._check_heads_by_layer(self.heads_by_layer)
+
+    def _check_heads_by_layer(self, counts: tuple[int, ...]) -> None:
+        names = self.attention_names
+        if len(counts) != len(names):
+            raise ValueError(
+                f"heads_by_layer must have one number for each of the {len(names)} attention "
+                f"layers; got {len(counts)}."
+            )
+        if self.head_size is None:
+            raise ValueError("heads_by_layer needs head_size: it is the same in all.")
+        if self.positions == "relative":
+            raise ValueError(
+                'heads_by_layer cannot be with positions = "relative": all layers of a side share '
+                "one table of biases, with a column a head."
+            )
+        for name, count in zip(names, counts):
+            heads, kv_heads, _, _ = self.side(_side_of(name))
+            if count < 1 or count % (heads // kv_heads):
+                raise ValueError(
+                    f"heads_by_layer must hold positive multiples of {heads // kv_heads}, the "
+                    f"query heads a key head; got {count} for {name}."
+                )
+
+    @property
+    def attention_names(self) -> list[str]:
+        """Names of all attention layers, in order: the encoder's, then each decoder layer's two."""
+        decoder = [
+            f"decoder.{i}.{part}"
+            for i in range(self.decoder_layers)
+            for part in ("attention", "cross")
+        ]
+        return [f"encoder.{i}.attention" for i in range(self.encoder_layers)] + decoder
+
+    def heads_of(self, name: str) -> tuple[int, int]:
+        """Query heads N and key heads K of one of `attention_names`."""
+        heads, kv_heads, _, _ = self.side(_side_of(name))
+        if self.heads_by_layer is None:
+            return heads, kv_heads
+        count = self.heads_by_layer[self.attention_names.index(name)]
+        return count, count * kv_heads // heads
+
     def _check_kinds(self) -> None:
         for side in ("encoder", "decoder"):
             kind, count = self.kind(side), getattr(self, f"{side}_layers")
@@ -216,6 +262,10 @@ class Config:
             self.head_size or self.d_model // heads,
             width,
         )
+
+
+def _side_of(name: str) -> Literal["encoder", "decoder"]:
+    return "encoder" if name.startswith("encoder") else "decoder"
 
 
 def tiny(**changes: Any) -> Config:
@@ -272,16 +322,18 @@ def train_flops(config: Config, *, rows: int, source: int, target: int) -> float
     """
     D, V = config.d_model, config.vocabulary
     matrices = 3 if config.gated else 2
-    N, K, H, F = config.side("encoder")
-    # Queries and output, keys and values, feed-forward: multiply-adds a token.
-    ends, keys, feed = 2 * D * N * H, 2 * D * K * H, matrices * D * F
-    encoder = source * (ends + keys + feed + 2 * source * N * H)
-    N, K, H, F = config.side("decoder")
-    ends, keys, feed = 2 * D * N * H, 2 * D * K * H, matrices * D * F
-    decoder = target * (2 * ends + keys + feed + 2 * (target + source) * N * H)
-    decoder += source * keys
-    layers = config.encoder_layers * encoder + config.decoder_layers * decoder
-    return 3 * 2.0 * rows * (layers + target * D * V)
+    total = 0
+    for name in config.attention_names:
+        side = _side_of(name)
+        (N, K), H = config.heads_of(name), config.side(side)[2]
+        asks = source if side == "encoder" else target
+        looked_at = source if side == "encoder" or name.endswith("cross") else target
+        # Multiply-adds of queries and output, keys and values, scores and sums.
+        total += asks * 2 * D * N * H + looked_at * 2 * D * K * H
+        total += 2 * asks * looked_at * N * H
+    total += config.encoder_layers * source * matrices * D * config.side("encoder")[3]
+    total += config.decoder_layers * target * matrices * D * config.side("decoder")[3]
+    return 3 * 2.0 * rows * (total + target * D * V)
 
 
 def check_mesh(config: Config, mesh: Mapping[str, int]) -> None:
@@ -298,6 +350,6 @@ def check_mesh(config: Config, mesh: Mapping[str, int]) -> None:
                 f"attention of the kind {kind.name!r} does not share out lengths: leave the axis "
                 "context at 1."
             )
-    for count in {config.heads, config.decoder_heads or config.heads}:
+    for count in {config.heads_of(name)[0] for name in config.attention_names}:
         heads = count if count % tensor else count // tensor
         check_method(config.context, heads=heads, devices=context)

@@ -9,8 +9,11 @@ from qkv_jax.training.checkpoint import Checkpoint as Checkpoint
 from qkv_jax.training.checkpoint import CheckpointStore as CheckpointStore
 from qkv_jax.training.checkpoint import average_params as average_params
 from qkv_jax.training.checkpoint import checkpoint_steps as checkpoint_steps
+from qkv_jax.training.checkpoint import flatten as flatten
+from qkv_jax.training.checkpoint import load_arrays as load_arrays
 from qkv_jax.training.checkpoint import load_params as load_params
 from qkv_jax.training.checkpoint import restore_params as restore_params
+from qkv_jax.training.checkpoint import save_arrays as save_arrays
 from qkv_jax.training.distributed import DistributedConfig as DistributedConfig
 from qkv_jax.training.distributed import check_same as check_same
 from qkv_jax.training.distributed import initialize as initialize

@@ -98,13 +98,8 @@ class CheckpointStore:
         """Anew in each run that has no checkpoint to go on from: who knows whose they are."""
         if self._has_constant or state.constant is None:
             return
-        place = self.directory / FOLDER / CONSTANT
         try:
-            with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(
-                    place / "params", _flatten(state.constant), force=True
-                )
-            on_first(lambda: _write_sizes(place))
+            save_arrays(self.directory / FOLDER / CONSTANT, flatten(state.constant))
         except Exception as error:
             raise self._unwritten(error) from error
         self._has_constant = True
@@ -290,6 +285,29 @@ def load_params(
     return restore_params(directory, like, step=checkpoint, finetune=finetune)
 
 
+def save_arrays(place: Path, arrays: Mapping[str, Any]) -> None:
+    """Writes arrays by name, with the sizes of their files."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(place.absolute() / "params", dict(arrays), force=True)
+    on_first(lambda: _write_sizes(place))
+
+
+def load_arrays(place: Path, like: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What `save_arrays` wrote.
+
+    Args:
+        place: given to it.
+        like: names, and shapes and dtypes, as ShapeDtypeStructs; where these have shardings,
+            the arrays are put there.
+
+    Raises:
+        DamagedCheckpoint: it is missing or cut short.
+        RunError: it holds other arrays.
+    """
+    _check_sizes(place)
+    return _restore(place.absolute(), "params", like)
+
+
 class _KeepLatestAndBest(PreservationPolicy):
     def __init__(self, keep: int):
         self.keep = keep
@@ -305,11 +323,11 @@ class _KeepLatestAndBest(PreservationPolicy):
 
 def _items(state: TrainState) -> dict[str, dict[str, Any]]:
     items = {
-        "params": _flatten(state.params),
-        "training": _flatten(_training(state)),
+        "params": flatten(state.params),
+        "training": flatten(_training(state)),
     }
     if state.ema is not None:
-        items["ema"] = _flatten(state.ema)
+        items["ema"] = flatten(state.ema)
     return items
 
 
@@ -317,7 +335,8 @@ def _training(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
 
 
-def _flatten(tree: Any) -> dict[str, Any]:
+def flatten(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by their dotted names."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     named = {
         jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves
@@ -329,7 +348,7 @@ def _flatten(tree: Any) -> dict[str, Any]:
 
 def _unflatten(like: Any, named: Mapping[str, Any]) -> Any:
     return jax.tree.unflatten(
-        jax.tree.structure(like), [named[name] for name in _flatten(like)]
+        jax.tree.structure(like), [named[name] for name in flatten(like)]
     )
 
 
@@ -368,7 +387,7 @@ def _whole_params(
     split = functools.partial(split_params, finetune=finetune)
     trained, constant = jax.eval_shape(split, like)
     _check_sizes(checkpoint)
-    saved = _unflatten(trained, _restore(checkpoint, name, _flatten(_host(trained))))
+    saved = _unflatten(trained, _restore(checkpoint, name, flatten(_host(trained))))
     return merge_params(saved, _restore_constant(checkpoint, _host(constant)), finetune)
 
 
@@ -383,8 +402,7 @@ def _restore_constant(checkpoint: Path, like: Any) -> Any:
         return None
     place = checkpoint.with_name(CONSTANT)
     try:
-        _check_sizes(place)
-        return _unflatten(like, _restore(place, "params", _flatten(like)))
+        return _unflatten(like, load_arrays(place, flatten(like)))
     except DamagedCheckpoint as error:
         # Not a damaged checkpoint: no earlier one could do without it.
         raise RunError(

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from jax.sharding import Mesh
 
+from qkv_jax.compression import Quantisation
 from qkv_jax.data import (
     Filters,
     HomeAssistantData,
@@ -221,6 +222,8 @@ class TranslationConfig:
             of a run, or of an imported or published model, or a hub name; None: new weights.
         languages: of a published model for several.
         finetune: which of its parameters are trained.
+        quantise: what the model learns to be rounded to, see `compression.imitate`: it is trained,
+            evaluated and used as `qkv-jax compress` with the same options would have it.
         text: tokeniser and batches.
         model: sizes of the Transformer, or of the recurrent model; its vocabulary is the tokeniser's. With init_from, only
             its dropout rates, dtype and context count.
@@ -241,6 +244,7 @@ class TranslationConfig:
     init_from: str | None = None
     languages: LanguageConfig = field(default_factory=LanguageConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    quantise: Quantisation = field(default_factory=Quantisation)
     text: TextConfig = field(default_factory=TextConfig)
     # Named apart: tyro would call both of them "config".
     model: (
@@ -265,6 +269,11 @@ class TranslationConfig:
             )
         if self.init_from is None and self.languages != LanguageConfig():
             raise ValueError("languages are of the model of init_from: give it too.")
+        if self.quantise.weights and isinstance(self.model, recurrent.Config):
+            raise ValueError(
+                "quantise is of the Transformer: the recurrent model multiplies by its weights "
+                "itself, not through layers that can be replaced."
+            )
         self._check_packing()
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from qkv_jax.data import Tokenizer
 from qkv_jax.interop import (
     Agreement,
     InteropError,
@@ -53,7 +54,7 @@ def export_model(
         raise InteropError(
             "quantization is of CTranslate2: export to it, or leave it out."
         )
-    start = load_start(model, checkpoint=checkpoint, languages=languages)
+    start = load_start(model, checkpoint=checkpoint, languages=languages).in_float()
     with tempfile.TemporaryDirectory() as temporary:
         start.tokenizer.save(temporary)
         files = sorted(Path(temporary).iterdir())
@@ -137,6 +138,11 @@ def _export_huggingface(start: Start, out: str | Path, files: Sequence[Path]) ->
             for file in files:
                 (building / file.name).write_bytes(file.read_bytes())
         return
+    if not isinstance(start.tokenizer, Tokenizer):
+        raise InteropError(
+            "a pruned model with a published tokeniser is written for CTranslate2 alone: give "
+            "--to ctranslate2."
+        )
     model, decoding = weights(start), start.decoding
     export_huggingface(
         model,

@@ -1,14 +1,18 @@
 """The models that translate: what each configuration builds."""
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from flax import nnx
 
+from qkv_jax.compression import Quantisation, quantise
 from qkv_jax.models import recurrent, seq2seq
 
 ModelConfig = seq2seq.Config | recurrent.Config
+FLOAT = Quantisation()
 
 
 def new_model(config: ModelConfig, *, seed: int) -> Any:
@@ -22,14 +26,33 @@ def init_params(config: ModelConfig, *, seed: int) -> Any:
     return nnx.state(new_model(config, seed=seed), nnx.Param)
 
 
-def model_graph(config: ModelConfig) -> nnx.GraphDef:
-    """The static half of the model; its parameters are not made."""
-    return _halves(config)[0]
+def model_graph(config: ModelConfig, how: Quantisation = FLOAT) -> nnx.GraphDef:
+    """The static half of the model, quantised so; its parameters are not made."""
+    return _halves(config, how)[0]
 
 
-def model_shapes(config: ModelConfig) -> Any:
-    """The parameters of the model as shapes and dtypes."""
-    return _halves(config)[1]
+def model_shapes(config: ModelConfig, how: Quantisation = FLOAT) -> Any:
+    """The parameters of the model, quantised so, as shapes and dtypes."""
+    return _halves(config, how)[1]
+
+
+def param_count(config: ModelConfig) -> int:
+    """Numbers that the model learned."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(model_shapes(config)))
+
+
+def quantised_params(config: ModelConfig, params: Any, how: Quantisation) -> Any:
+    """Float parameters of the model -> those of the quantised one."""
+    if how.weights is None:
+        return params
+
+    @jax.jit
+    def convert(params: Any) -> Any:
+        model = nnx.merge(model_graph(config), params)
+        quantise(model, how)
+        return nnx.state(model, nnx.Param)
+
+    return convert(params)
 
 
 def check_mesh(config: ModelConfig, mesh: Mapping[str, int]) -> None:
@@ -39,6 +62,11 @@ def check_mesh(config: ModelConfig, mesh: Mapping[str, int]) -> None:
 
 
 @functools.cache
-def _halves(config: ModelConfig) -> tuple[nnx.GraphDef, Any]:
-    model = nnx.eval_shape(functools.partial(new_model, config, seed=0))
-    return nnx.split(model, nnx.Param)
+def _halves(config: ModelConfig, how: Quantisation) -> tuple[nnx.GraphDef, Any]:
+    def make() -> Any:
+        model = new_model(config, seed=0)
+        if how.weights is not None:
+            quantise(model, how)
+        return model
+
+    return nnx.split(nnx.eval_shape(make), nnx.Param)

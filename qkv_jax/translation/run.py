@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from qkv_jax import data, training
+from qkv_jax.compression import Quantisation, imitate
 from qkv_jax.data import BOS, EOS, EncodedPairs, Pair, SentenceTokenizer
 from qkv_jax.models import seq2seq
 from qkv_jax.training.losses import projected_cross_entropy
@@ -20,10 +21,12 @@ from qkv_jax.translation import card
 from qkv_jax.translation.config import TranslationConfig, languages_of
 from qkv_jax.translation.evaluate import Scores, bleu_tokenizer, corpus_bleu, score
 from qkv_jax.translation.models import (
+    FLOAT,
     ModelConfig,
     check_mesh,
     init_params,
     model_graph,
+    quantised_params,
 )
 from qkv_jax.translation.search import shift
 from qkv_jax.translation.start import (
@@ -156,6 +159,7 @@ def make_loss(
     r_drop: float = 0.0,
     start: int = BOS,
     eos: int = EOS,
+    quantise: Quantisation = FLOAT,
 ) -> training.step.LossFn:
     """The loss of `training.train` for this model: sums over the real target tokens.
 
@@ -165,6 +169,7 @@ def make_loss(
         r_drop: alpha of R-Drop; not 0: where there is dropout, each row goes through the model
             twice, and sums are means of both.
         start, eos: ids that targets start from and end with.
+        quantise: what the model is rounded to.
     """
     graph = model_graph(config)
 
@@ -172,31 +177,18 @@ def make_loss(
         twice = rng is not None and r_drop > 0.0
         if twice:
             batch = {name: _twice(array) for name, array in batch.items()}
-        model, target = nnx.merge(graph, params), batch["target"]
-        shifted = shift(target, start)
-        segments = None
-        if "target_segments" in batch:
-            segments = seq2seq.Segments(
-                batch["source_segments"], batch["target_segments"]
-            )
-            shifted = jnp.where(shifted == eos, start, shifted)
-        states = model.states(batch["source"], shifted, segments=segments, rng=rng)
-        weights = (target != config.pad).astype(jnp.float32)
-        if twice:
-            weights = 0.5 * weights
-        loss, nll, correct = projected_cross_entropy(
-            *model.projection(states),
-            target,
-            weights,
+        model = nnx.merge(graph, params)
+        if quantise.weights is not None:
+            imitate(model, quantise)
+        return module_loss(
+            model,
+            batch,
+            rng,
             label_smoothing,
-            2 * LOSS_CHUNKS if twice else LOSS_CHUNKS,
-            r_drop if twice else 0.0,
+            r_drop=r_drop if twice else 0.0,
+            start=start,
+            eos=eos,
         )
-        penalty = model.penalty() if isinstance(model, seq2seq.Model) else None
-        if penalty is not None and rng is not None:
-            loss = loss + weights.sum() * penalty
-        sums = {"loss_sum": loss, "nll_sum": nll, "correct_sum": correct}
-        return loss, sums | {"tokens": weights.sum()}
 
     return loss_fn
 
@@ -205,6 +197,42 @@ def _twice(array: jax.Array) -> jax.Array:
     """(B, ...) -> (2 B, ...), each row and its copy side by side, on the devices it is on."""
     pairs = jnp.broadcast_to(array[:, None], (len(array), 2, *array.shape[1:]))
     return pairs.reshape(-1, *array.shape[1:])
+
+
+def module_loss(
+    model: Any,
+    batch: dict[str, jax.Array],
+    rng: jax.Array | None,
+    label_smoothing: float,
+    *,
+    r_drop: float = 0.0,
+    start: int,
+    eos: int,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """What `make_loss` makes, of a module; with r_drop, of rows and their copies in turn."""
+    target = batch["target"]
+    shifted = shift(target, start)
+    segments = None
+    if "target_segments" in batch:
+        segments = seq2seq.Segments(batch["source_segments"], batch["target_segments"])
+        shifted = jnp.where(shifted == eos, start, shifted)
+    states = model.states(batch["source"], shifted, segments=segments, rng=rng)
+    weights = (target != model.config.pad).astype(jnp.float32)
+    if r_drop:
+        weights = 0.5 * weights
+    loss, nll, correct = projected_cross_entropy(
+        *model.projection(states),
+        target,
+        weights,
+        label_smoothing,
+        2 * LOSS_CHUNKS if r_drop else LOSS_CHUNKS,
+        r_drop,
+    )
+    penalty = model.penalty() if isinstance(model, seq2seq.Model) else None
+    if penalty is not None and rng is not None:
+        loss = loss + weights.sum() * penalty
+    sums = {"loss_sum": loss, "nll_sum": nll, "correct_sum": correct}
+    return loss, sums | {"tokens": weights.sum()}
 
 
 def make_task(config: TranslationConfig, mesh: jax.sharding.Mesh) -> training.Task:
@@ -358,6 +386,7 @@ def _loss(
         r_drop=config.r_drop,
         start=tokenizer.start,
         eos=tokenizer.eos,
+        quantise=config.quantise,
     )
 
 
@@ -394,10 +423,11 @@ def _validation(
         if shown:
             translator = Translator(
                 model,
-                params,
+                quantised_params(model, params, config.quantise),
                 prepared.tokenizer,
                 decoding=greedy,
                 mesh=mesh,
+                quantisation=config.quantise,
             )
             found = [best[0].text for best in translator([pair[0] for pair in shown])]
             means["bleu"] = corpus_bleu(found, [pair[1] for pair in shown], tokenize)

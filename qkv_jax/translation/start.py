@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from qkv_jax import data, training
+from qkv_jax.compression import Quantisation, dequantised, pack, unpack
 from qkv_jax.data import (
     MultilingualData,
     SentenceTokenizer,
@@ -32,11 +34,18 @@ from qkv_jax.translation.config import (
     LanguageConfig,
     TranslationConfig,
 )
-from qkv_jax.translation.models import ModelConfig, model_shapes
+from qkv_jax.translation.models import (
+    FLOAT,
+    ModelConfig,
+    model_shapes,
+    quantised_params,
+)
 from qkv_jax.translation.translator import Translator
 
 TOKENIZER = "tokenizer"
 MODEL = "model.json"
+COMPRESSED = "compressed.json"
+WEIGHTS = "weights"
 NO_LANGUAGES = LanguageConfig()
 # What a run may choose anew for a model that it starts from: none changes what weights mean.
 FREE = (
@@ -67,6 +76,7 @@ class Start(NamedTuple):
         tokenizer: that it was trained with.
         decoding: how it is made to translate.
         pretrained: where it is a published one, what it takes to write it back.
+        quantisation: of the weights.
     """
 
     model: ModelConfig
@@ -74,6 +84,19 @@ class Start(NamedTuple):
     tokenizer: SentenceTokenizer
     decoding: DecodingConfig
     pretrained: Pretrained | None
+    quantisation: Quantisation = FLOAT
+
+    def in_float(self) -> "Start":
+        """The same model with float32 weights."""
+        if self.quantisation == FLOAT:
+            return self
+        # Integers have lost the names of their axes.
+        like = jax.tree.structure(model_shapes(self.model))
+        params = jax.tree.unflatten(like, jax.tree.leaves(dequantised(self.params)))
+        pretrained = self.pretrained
+        if pretrained is not None:
+            pretrained = dataclasses.replace(pretrained, params=params)
+        return self._replace(params=params, pretrained=pretrained, quantisation=FLOAT)
 
 
 def load_translator(
@@ -117,6 +140,7 @@ def load_translator(
             decoding=configured,
             mesh=mesh,
             others=others,
+            quantisation=start.quantisation,
         )
     except ValueError as error:
         raise training.RunError(f"{model}: {error}") from error
@@ -128,7 +152,13 @@ def load_start(
     checkpoint: Checkpoint | None = None,
     languages: LanguageConfig = NO_LANGUAGES,
 ) -> Start:
-    """A run's, an imported or a published model; arguments as for `load_translator`."""
+    """A run's, an imported, a published or a compressed model; arguments as for `load_translator`."""
+    if is_compressed(model):
+        if checkpoint is not None:
+            raise training.RunError(
+                f"{model} is a compressed model, made of one checkpoint: leave out that option."
+            )
+        return _of_compressed(Path(model), languages)
     if is_run(model):
         return _of_run(Path(model), checkpoint, languages)
     if is_marian_npz(model):
@@ -159,6 +189,11 @@ def load_start(
 def is_run(directory: str | Path) -> bool:
     """Whether a directory is that of a run, by its config.json."""
     return training.run_kind(directory) is not None
+
+
+def is_compressed(directory: str | Path) -> bool:
+    """Whether a directory is one that `compress_model` or `prune_model` made."""
+    return (Path(directory) / COMPRESSED).is_file()
 
 
 def read_run(directory: str | Path) -> TranslationConfig:
@@ -235,7 +270,7 @@ def started(config: TranslationConfig) -> Start | None:
     """
     if config.init_from is None:
         return None
-    start = load_start(config.init_from, languages=config.languages)
+    start = load_start(config.init_from, languages=config.languages).in_float()
     if type(config.model) is not type(start.model):
         raise training.RunError(
             f"{config.init_from} is another kind of model than the experiment's: start from one "
@@ -277,23 +312,102 @@ def save_start(start: Start, directory: Path) -> None:
         save_description(start.pretrained, directory / TOKENIZER)
 
 
+def save_compressed(start: Start, languages: LanguageConfig, directory: Path) -> None:
+    """Writes a model, in as few bytes as its weights take, into a directory that is there."""
+    (directory / TOKENIZER).mkdir()
+    start.tokenizer.save(directory / TOKENIZER)
+    if start.pretrained is not None:
+        save_description(start.pretrained, directory / TOKENIZER)
+    arrays = {name: _stored(x) for name, x in training.flatten(start.params).items()}
+    training.save_arrays(directory / WEIGHTS, arrays)
+    content = {
+        "model": training.to_plain(start.model, ModelConfig),
+        "decoding": training.to_plain(start.decoding),
+        "languages": training.to_plain(languages),
+        "quantisation": training.to_plain(start.quantisation),
+    }
+    write_atomically(directory / COMPRESSED, json.dumps(content, indent=1).encode())
+
+
+def _of_compressed(directory: Path, asked: LanguageConfig) -> Start:
+    file = directory / COMPRESSED
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        model = training.from_plain(ModelConfig, content["model"])
+        decoding = training.from_plain(DecodingConfig, content["decoding"])
+        languages = training.from_plain(LanguageConfig, content["languages"])
+        how = training.from_plain(Quantisation, content["quantisation"])
+    except (KeyError, OSError, StopIteration, TypeError, ValueError) as error:
+        raise training.RunError(f"{file} is damaged ({error}): restore it.") from error
+    if asked != NO_LANGUAGES:
+        languages = asked
+    tag = None
+    if is_run(directory):
+        config = read_run(directory)
+        tag, languages = _tag(directory, config, languages), config.languages
+    pretrained, tokenizer = _tokenizer(directory, languages, tag)
+    like = model_shapes(model, how)
+    shapes = training.flatten(like)
+    stored = jax.eval_shape(lambda: {n: _stored(_zeros(x)) for n, x in shapes.items()})
+    try:
+        arrays = training.load_arrays(directory / WEIGHTS, stored)
+    except training.RunError as error:
+        raise training.RunError(
+            f"{directory / WEIGHTS} is missing, cut short or damaged: make the model anew."
+        ) from error
+    leaves = [
+        unpack(arrays[name], x.shape)
+        if x.dtype == jnp.int4
+        else jnp.asarray(arrays[name])
+        for name, x in shapes.items()
+    ]
+    params = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    if pretrained is not None:
+        # A pruned one has no place in the checkpoint it came from.
+        whole = model_shapes(pretrained.config) == model_shapes(model)
+        pretrained = dataclasses.replace(pretrained, params=params) if whole else None
+    return Start(model, params, tokenizer, decoding, pretrained, how)
+
+
+def _zeros(x: Any) -> jax.Array:
+    return jnp.zeros(x.shape, x.dtype)
+
+
+def _stored(x: jax.Array) -> jax.Array:
+    """Integers of 4 bits take a byte each on most devices, and in files."""
+    return pack(x) if x.dtype == jnp.int4 else x
+
+
+def _tokenizer(
+    directory: Path, languages: LanguageConfig, tag: str | None
+) -> tuple[Pretrained | None, SentenceTokenizer]:
+    """What a run or a compressed model keeps beside its weights; tag: see `_tag`."""
+    pretrained = load_description(directory / TOKENIZER)
+    try:
+        if pretrained is None:
+            own = Tokenizer.load(directory / TOKENIZER)
+            return None, own if tag is None else own.tagged(tag)
+        return pretrained, published_tokenizer(
+            directory / TOKENIZER, pretrained, languages
+        )
+    except data.DataError as error:
+        raise training.RunError(str(error)) from error
+
+
+def quantised(start: Start, how: Quantisation) -> Start:
+    """A model with its weights rounded; how.weights None, or already so: as it is."""
+    if start.quantisation == how:
+        return start
+    params = quantised_params(start.model, start.params, how)
+    return start._replace(params=params, quantisation=how)
+
+
 def _of_run(
     directory: Path, checkpoint: Checkpoint | None, languages: LanguageConfig
 ) -> Start:
     config = read_run(directory)
     tag = _tag(directory, config, languages)
-    pretrained = load_description(directory / TOKENIZER)
-    tokenizer: SentenceTokenizer
-    try:
-        if pretrained is None:
-            own = Tokenizer.load(directory / TOKENIZER)
-            tokenizer = own if tag is None else own.tagged(tag)
-        else:
-            tokenizer = published_tokenizer(
-                directory / TOKENIZER, pretrained, config.languages
-            )
-    except data.DataError as error:
-        raise training.RunError(str(error)) from error
+    pretrained, tokenizer = _tokenizer(directory, config.languages, tag)
     model = run_model(config, tokenizer, directory)
     params = training.load_params(
         directory,
@@ -304,7 +418,8 @@ def _of_run(
     )
     if pretrained is not None and isinstance(model, seq2seq.Config):
         pretrained = dataclasses.replace(pretrained, config=model, params=params)
-    return Start(model, params, tokenizer, config.decoding, pretrained)
+    start = Start(model, params, tokenizer, config.decoding, pretrained)
+    return quantised(start, config.quantise)
 
 
 def _tag(

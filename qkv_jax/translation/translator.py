@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from qkv_jax.compression import Quantisation
 from qkv_jax.data import (
     EncodedPairs,
     Pair,
@@ -22,6 +23,7 @@ from qkv_jax.data import (
 )
 from qkv_jax.decoding import Hypotheses, minimum_bayes_risk
 from qkv_jax.models import seq2seq
+from qkv_jax.ops.axes import shares
 from qkv_jax.training import (
     auto_mesh,
     batch_shares,
@@ -35,7 +37,7 @@ from qkv_jax.translation import search
 from qkv_jax.translation.alignment import Alignment, align, side_by_side
 from qkv_jax.translation.attention import PairAttention, pair_attention
 from qkv_jax.translation.config import DecodingConfig
-from qkv_jax.translation.models import ModelConfig, model_graph
+from qkv_jax.translation.models import FLOAT, ModelConfig, model_graph
 from qkv_jax.translation.overlong import split_text
 from qkv_jax.translation.rows import (
     SHORTEST_ROW,
@@ -101,6 +103,7 @@ class Translator:
         decoding: DecodingConfig,
         mesh: Mesh | None = None,
         others: Sequence["Translator"] = (),
+        quantisation: Quantisation = FLOAT,
     ):
         """Takes a model's parts.
 
@@ -111,9 +114,11 @@ class Translator:
             decoding: how to search.
             mesh: devices that share the rows; None: all.
             others: models that decide with it, by the mean of their log-probabilities.
+            quantisation: of the params.
 
         Raises:
-            ValueError: another model has another tokeniser.
+            ValueError: another model has another tokeniser; the mesh shares out the axes of
+                integers.
         """
         self.config, self.tokenizer = config, tokenizer
         self.mesh = auto_mesh(make_mesh() if mesh is None else mesh)
@@ -122,12 +127,16 @@ class Translator:
                 raise ValueError(
                     "models that translate together need the same tokeniser, and theirs differ."
                 )
+        if quantisation.weights and shares(self.mesh, "heads") > 1:
+            raise ValueError(
+                'quantised weights lie whole on each device: give a mesh whose axis "tensor" is 1.'
+            )
         self.params: tuple[Any, ...] = (
             place_state(params, self.mesh),
             *(part for other in others for part in other.params),
         )
         self.graphs: tuple[nnx.GraphDef, ...] = (
-            model_graph(config),
+            model_graph(config, quantisation),
             *(graph for other in others for graph in other.graphs),
         )
         self.decoding = _within(decoding, [config, *(x.config for x in others)])

@@ -193,3 +193,23 @@ def test_an_imported_model_is_looked_at(places, tmp_path, ask, fail):
     ]
     links = ask("align", model, *files)
     assert len(links) == toy.PARTS["test"] and all("-" in line for line in links)
+
+
+def test_compressed_models_translate_and_are_evaluated(say, places):
+    said = say("compress", "run", str(places / "small"), "--weights", "int8")
+    assert re.match(r"[\d,]+ parameters, [\d,]+ bytes of weights", said[0])
+    assert len(say("translate", "small", "one two", "nine")) == 2
+    assert any("chrf" in line for line in say("evaluate", "small"))
+    (error,) = say(
+        "compress",
+        "run",
+        "out",
+        "--weights",
+        "int4",
+        "--activations",
+        "int8",
+        fails=True,
+    )
+    assert "one scale an output" in error
+    (error,) = say("prune", "run", "out", fails=True)
+    assert "nothing is removed" in error

@@ -47,6 +47,7 @@ FLIPS = {
     "decoder_attention": AttentionKind(name="window", window=1),
     "decoder_heads": 4,
     "decoder_d_ff": 20,
+    "heads_by_layer": (2, 1, 2, 3, 1),
     "encoder_layers": 2,
     "decoder_layers": 1,
     "activation": "gelu",
@@ -77,6 +78,7 @@ FLIPS = {
 # What a field needs to matter.
 BESIDE = {
     "source_vocabulary": {"tie": "target"},
+    "heads_by_layer": {"head_size": 8},
     "max_positions": {"positions": "learned"},
     "relative_buckets": {"positions": "relative"},
     "relative_distance": {"positions": "relative", "relative_buckets": 4},
