@@ -11,6 +11,7 @@ import numpy as np
 from qkv_jax.interop.errors import InteropError
 from qkv_jax.interop.names import Place
 from qkv_jax.interop.pretrained import Pretrained
+from qkv_jax.layers import AttentionKind
 from qkv_jax.models.seq2seq import Config
 
 FILE = "pretrained.json"
@@ -49,9 +50,22 @@ def load_description(directory: str | os.PathLike) -> Pretrained | None:
         return None
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        content["config"] = Config(**content["config"])
+        content["config"] = _config(content["config"])
         content["places"] = tuple(Place(*place) for place in content["places"])
         content["dtypes"] = {name: np.dtype(np.float32) for name in content["dtypes"]}
         return Pretrained(**content, params=None, kept={})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InteropError(f"{file} is damaged ({error}): restore it.") from error
+
+
+def _config(content: dict[str, Any]) -> Config:
+    """A config from its fields in JSON's types, in which tuples are lists."""
+    fields = dict(content)
+    for side in ("encoder_attention", "decoder_attention"):
+        if side in fields:
+            fields[side] = AttentionKind(**_with_tuples(fields[side]))
+    return Config(**_with_tuples(fields))
+
+
+def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {n: tuple(x) if isinstance(x, list) else x for n, x in fields.items()}
