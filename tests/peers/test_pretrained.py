@@ -1,5 +1,6 @@
 """Random tiny models of every family, by `transformers`: the same states, logits and searches."""
 
+import copy
 import secrets
 from typing import Any
 
@@ -182,11 +183,28 @@ def run_theirs(theirs, source, mask, target):
         )
 
 
-def close(found, wanted):
-    """Within 1e-5 of the largest number."""
+def rounding(theirs, source, mask, target) -> dict[str, float]:
+    """How far theirs in float32 is from theirs in float64: some models that are drawn magnify it.
+
+    T5's scores have no scale. Of 41 models drawn, ours was 1.1e-5 of the largest number from
+    theirs in three, and at most 1.1e-5 from the float64 ones, theirs 0.7e-5.
+    """
+    single = run_theirs(theirs, source, mask, target)
+    double = run_theirs(copy.deepcopy(theirs).double(), source, mask, target)
+    pairs = {
+        "memory": [x.encoder_last_hidden_state for x in (single, double)],
+        "states": [x.decoder_hidden_states[-1] for x in (single, double)],
+        "logits": [x.logits for x in (single, double)],
+    }
+    return {name: float((x - y).abs().max()) for name, (x, y) in pairs.items()}
+
+
+def close(found, wanted, rounding: float):
+    """Within 1e-5 of the largest number, and what rounding, theirs and ours, may add."""
     wanted = np.asarray(wanted)
+    largest = max(1.0, np.abs(wanted).max())
     np.testing.assert_allclose(
-        np.asarray(found), wanted, atol=1e-5 * max(1.0, np.abs(wanted).max()), rtol=0
+        np.asarray(found), wanted, atol=1e-5 * largest + 3 * rounding, rtol=0
     )
 
 
@@ -195,23 +213,27 @@ def test_states_and_logits_are_theirs(pair):
     model = ours.model()
     (source, mask), target = draw_source(rng, ours), draw_target(rng, ours)
     wanted = run_theirs(theirs, source, mask, target)
+    off = rounding(theirs, source, mask, target)
     memory, _ = model.encode(source)
-    close(memory[mask], wanted.encoder_last_hidden_state[torch.tensor(mask)])
-    close(model.states(source, target), wanted.decoder_hidden_states[-1])
-    close(model(source, target), wanted.logits)
+    theirs_memory = wanted.encoder_last_hidden_state[torch.tensor(mask)]
+    close(memory[mask], theirs_memory, off["memory"])
+    states = wanted.decoder_hidden_states[-1]
+    close(model.states(source, target), states, off["states"])
+    close(model(source, target), wanted.logits, off["logits"])
 
 
 def test_padding_on_the_left_changes_nothing(pair):
-    _, ours, rng = pair
+    theirs, ours, rng = pair
     model = ours.model()
     (source, mask), target = draw_source(rng, ours), draw_target(rng, ours)
+    off = rounding(theirs, source, mask, target)["logits"]
     left = np.full_like(source, ours.config.pad)
     segments = np.zeros_like(source)
     for row, (tokens, real) in enumerate(zip(source, mask)):
         left[row, -real.sum() :] = tokens[real]
         segments[row, -real.sum() :] = 1
     both = Segments(jnp.asarray(segments), jnp.ones(target.shape, jnp.int32))
-    close(model(left, target, segments=both), model(source, target))
+    close(model(left, target, segments=both), model(source, target), off)
 
 
 def search_ours(ours, source, *, beams, alpha):
@@ -270,16 +292,17 @@ def trim(tokens: np.ndarray, eos: int) -> list[int]:
 
 
 def test_cached_steps_are_the_full_forward(pair):
-    _, ours, rng = pair
+    theirs, ours, rng = pair
     model = ours.model()
-    (source, _), target = draw_source(rng, ours), draw_target(rng, ours)
+    (source, mask), target = draw_source(rng, ours), draw_target(rng, ours)
+    off = rounding(theirs, source, mask, target)["logits"]
     memory, lengths = model.encode(source)
     cache = model.init_cache(memory, lengths, hypotheses=1, steps=target.shape[1])
     steps = []
     for at in range(target.shape[1]):
         logits, cache = model.decode_step(jnp.asarray(target[:, at : at + 1]), cache)
         steps.append(logits)
-    close(jnp.concatenate(steps, axis=1), model(source, target))
+    close(jnp.concatenate(steps, axis=1), model(source, target), off)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
