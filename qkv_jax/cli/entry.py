@@ -8,6 +8,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from qkv_jax.cli.large_pages import use_large_pages
 from qkv_jax.cli.parsing import PROGRAM, UsageError, nearest
 
 USAGE = f"""usage: {PROGRAM} COMMAND ...
@@ -64,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
+    if whole_process:
+        use_large_pages()
     from qkv_jax.data import DataError, cache_directory
     from qkv_jax.interop import InteropError
     from qkv_jax.training import Interrupted, RunError, keep_programs

@@ -151,6 +151,10 @@ class MultiHeadAttention(nnx.Module):
         """Of "adaptive_span": the share of the longest span that each head looks at, (N,)."""
         return jax.nn.sigmoid(self.span[...])
 
+    def entmax_alpha(self) -> Array:
+        """Of "entmax": the learned alpha of each head, (N,), in (1, 2): 1 is the softmax."""
+        return 1.0 + jax.nn.sigmoid(self.alpha[...])
+
     def _key_value(self, x: Array) -> tuple[Array, Array]:
         key = self.key(x)
         return key, key if self.value is None else self.value(x)
@@ -176,9 +180,14 @@ class MultiHeadAttention(nnx.Module):
             return self._maskless(query, key, value, mask, score)
         mask, score = _both(self.kind.mask(), mask), _chain(score, self._own_score())
         if self.kind.name == "entmax":
-            alpha = 1.0 + jax.nn.sigmoid(self.alpha[...])
             return entmax_attention(
-                query, key, value, alpha, mask=mask, score=score, scale=self.scale
+                query,
+                key,
+                value,
+                self.entmax_alpha(),
+                mask=mask,
+                score=score,
+                scale=self.scale,
             )
         return mesh_attention(
             query,

@@ -79,7 +79,7 @@ def draw_spans(
 ) -> Figure:
     """Draws how far each head looks; of cross-attention, from the diagonal of the pair.
 
-    Where heads have learned spans, they stand below.
+    Where heads have learned spans, or alphas of entmax, they stand below.
     """
     distances = _by_layer(heads, [head.distance for head in heads])
     notes = {name: [""] * len(own) for name, own in distances.items()}
@@ -88,6 +88,9 @@ def draw_spans(
         if hasattr(layer, "span"):
             spans = np.asarray(layer.span_share()) * layer.kind.option("longest")
             notes[name] = [f"span {span:.0f}" for span in spans]
+        if hasattr(layer, "alpha"):
+            alphas = np.asarray(layer.entmax_alpha())
+            notes[name] = [f"alpha {alpha:.2f}" for alpha in alphas]
     return viz.plot_heads(distances, path, label="mean distance in tokens", notes=notes)
 
 

@@ -35,3 +35,18 @@ def test_a_table_for_each_side_is_drawn_by_itself(translator, tmp_path):
     counts = draw.count_tokens(separate, [("one two", "two one")])
     figure = draw.draw_embeddings(separate, counts, tmp_path / "embeddings.png")
     assert [axes.get_title() for axes in figure.axes] == ["source", "target"]
+
+
+def test_learned_alphas_stand_beside_the_distances(translator, tmp_path):
+    kind = AttentionKind(name="entmax", layers=(0,))
+    learned = _of(
+        translator, dataclasses.replace(translator.config, decoder_attention=kind)
+    )
+    pairs = [("one two three", "three two one")]
+    counts = draw.count_tokens(learned, pairs)
+    heads = draw.measure_heads(learned, pairs, counts)
+    figure = draw.draw_spans(learned, heads, tmp_path / "spans.png")
+    texts = [[text.get_text() for text in axes.texts] for axes in figure.axes[:3]]
+    # Alphas begin halfway between the softmax, 1, and 2.
+    assert any("alpha 1.50" in text for text in texts[1])
+    assert not any("alpha" in text for text in texts[0] + texts[2])
