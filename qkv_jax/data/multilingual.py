@@ -64,6 +64,11 @@ class MultilingualData:
         """The tags: none where there is one target language."""
         return tuple(map(language_tag, self.targets)) if len(self.targets) > 1 else ()
 
+    def target_of(self, source: str) -> str:
+        """The target language that the tag of a source of `load` names, or that all have."""
+        tag = source.split(" ", 1)[0]
+        return dict(zip(self.symbols, self.targets)).get(tag, self.targets[0])
+
     def parts(self) -> list[ParallelData]:
         """The data of each pair, without tags."""
         return [

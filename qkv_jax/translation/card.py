@@ -1,6 +1,6 @@
 """What the model card says of a translation run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from qkv_jax.data import Corpus, Pair, read_pairs
 from qkv_jax.training import Section
@@ -70,6 +70,16 @@ def tested(
         + table(("source", "reference", "translation"), some)
     )
     return [Section("Metrics", metrics), Section("Samples", samples)]
+
+
+def by_target(scores: Mapping[str, Scores]) -> list[Section]:
+    """Scores of each target language, where there are several."""
+    rows = [
+        (target, f"{own.sentences:,}", f"{own.bleu:.2f}", f"{own.chrf:.2f}")
+        for target, own in scores.items()
+    ]
+    head = ("into", "sentences", "BLEU", "chrF")
+    return [Section("Metrics by language", table(head, rows))] if rows else []
 
 
 def limits(

@@ -10,6 +10,8 @@ from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.metrics.base import Metric
 from sacrebleu.significance import PairedTest
 
+from qkv_jax.data import MultilingualData, Pair
+
 # Fields of Scores that sacreBLEU computes, and what they are called in tables.
 METRIC_NAMES = {
     "bleu": "BLEU",
@@ -192,6 +194,32 @@ def score(
         ),
         intervals=intervals,
     )
+
+
+def score_by_target(
+    corpus: Any, pairs: Sequence[Pair], translations: Sequence[str]
+) -> dict[str, Scores]:
+    """Scores of each target language, by its code, where a corpus has several; else none.
+
+    Args:
+        corpus: a `MultilingualData`, or of a single pair of languages.
+        pairs: of it, tags before the sources.
+        translations: one of each.
+    """
+    if not isinstance(corpus, MultilingualData) or len(corpus.targets) < 2:
+        return {}
+    groups: dict[str, list[int]] = {}
+    for index, (source, _) in enumerate(pairs):
+        groups.setdefault(corpus.target_of(source), []).append(index)
+    return {
+        target: score(
+            [translations[i] for i in group],
+            [pairs[i][1] for i in group],
+            sources=[pairs[i][0] for i in group],
+            tokenize=bleu_tokenizer(target),
+        )
+        for target, group in groups.items()
+    }
 
 
 def corpus_bleu(

@@ -19,7 +19,13 @@ from qkv_jax.models import seq2seq
 from qkv_jax.training.losses import projected_cross_entropy
 from qkv_jax.translation import card
 from qkv_jax.translation.config import TranslationConfig, languages_of
-from qkv_jax.translation.evaluate import Scores, bleu_tokenizer, corpus_bleu, score
+from qkv_jax.translation.evaluate import (
+    Scores,
+    bleu_tokenizer,
+    corpus_bleu,
+    score,
+    score_by_target,
+)
 from qkv_jax.translation.models import (
     FLOAT,
     ModelConfig,
@@ -310,18 +316,26 @@ def _finish(
         from qkv_jax.translation.draw import draw_run
 
         draw_run(directory, drawer, (corpus.test or corpus.train)[:50])
+    results: dict[str, Any] = {}
     scores, sections, cut = None, [], 0
     if corpus.test:
         tokenize = bleu_tokenizer(languages_of(config.data)[1])
         scores, found = evaluate_run(translator, corpus.test, tokenize=tokenize)
         sections = card.tested(config, corpus.test, found, scores)
         cut = translator.too_long([source for source, _ in corpus.test])
+        by_target = score_by_target(config.data, corpus.test, found)
+        sections += card.by_target(by_target)
+        results["test"] = scores.to_json()
+        if by_target:
+            results["test_by_target"] = {
+                name: own.to_json() for name, own in by_target.items()
+            }
     if training.is_first():
         digest = prepared.tokenizer.digest
         sections.append(card.limits(config, corpus, scores, cut))
         sections.append(card.material(config, corpus, prepared.report, digest))
     return training.Outcome(
-        results={} if scores is None else {"test": scores.to_json()},
+        results=results,
         summary=card.summary(config),
         sections=sections,
         front=card.front(config),

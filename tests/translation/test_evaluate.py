@@ -6,7 +6,9 @@ import types
 import pytest
 import sacrebleu
 
-from qkv_jax.translation import evaluate, score
+from qkv_jax.data import MultilingualData, ParallelData
+from qkv_jax.translation import card, evaluate, score
+from qkv_jax.translation.evaluate import score_by_target
 from tests.translation.sacrebleu_program import run_sacrebleu, write
 
 REFERENCES = ["A cat sits on the mat , quietly .", "There is one dog in the garden ."]
@@ -129,3 +131,19 @@ def test_comet_is_handed_sources_translations_and_references(monkeypatch):
 def test_unequal_or_empty_sides_are_refused(translations, references):
     with pytest.raises(ValueError, match="equally many, and at least one; got"):
         score(translations, references)
+
+
+def test_each_target_language_of_several_has_scores(tmp_path):
+    corpus = MultilingualData(directory=tmp_path)
+    pairs = [("<2de> a", "das ist gut so"), ("<2fr> a", "c'est bien comme ça")]
+    found = score_by_target(corpus, pairs, ["das ist gut so", "tout à fait faux !"])
+    assert {target: round(own.bleu) for target, own in found.items()} == {
+        "de": 100,
+        "fr": 0,
+    }
+    assert (
+        score_by_target(ParallelData(directory=tmp_path), pairs, ["a b c d", "e f g h"])
+        == {}
+    )
+    (section,) = card.by_target(found)
+    assert "| de | 1 | 100.00 | 100.00 |" in section.text
