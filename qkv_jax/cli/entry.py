@@ -21,6 +21,7 @@ USAGE = f"""usage: {PROGRAM} COMMAND ...
   compare A B... [OPTIONS]       which differences from the first are real: paired tests, sentences
   translate MODEL [TEXT ...]     translate arguments, a file, or standard input
   back-translate MODEL [OPTIONS] training pairs from text in the target language alone
+  distil MODEL [OPTIONS]         training pairs from what a teacher makes of training sources
   score MODEL [OPTIONS]          log-probabilities that a model gives to translations
   align MODEL [OPTIONS]          word alignments of given translations, and their error rate
   plot MODEL [OPTIONS]           draw curves, attention, alignment, heads, spans, embeddings, or a
@@ -45,7 +46,8 @@ COMMANDS = {
     "evaluate": "evaluating",
     "compare": "evaluating",
     "translate": "translating",
-    "back-translate": "back_translation",
+    "back-translate": "made_pairs",
+    "distil": "made_pairs",
     "score": "translating",
     "align": "looking",
     "plot": "looking",

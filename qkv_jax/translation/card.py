@@ -145,9 +145,13 @@ def material(
         tokenizer: the digest of the tokeniser.
     """
     parts = {"training": corpus.train, "validation": corpus.valid, "test": corpus.test}
-    made = config.text.back_translated
-    if made is not None:
-        parts["back-translated"] = read_pairs(made)
+    text = config.text
+    for name, file in (
+        ("back-translated", text.back_translated),
+        ("distilled, in place of training", text.distilled),
+    ):
+        if file is not None:
+            parts[name] = read_pairs(file)
     rows = [
         (name, f"{len(pairs):,}", *(f"`{line_digest(side)}`" for side in zip(*pairs)))
         for name, pairs in parts.items()

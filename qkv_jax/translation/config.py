@@ -53,6 +53,8 @@ class TextConfig:
         back_translated: file of further training pairs whose source a model made, as
             `qkv-jax back-translate` writes it: each source gets a tag, so that the model can tell
             (Caswell et al. 2019, arXiv 1906.06442); None: none.
+        distilled: file of pairs that take the place of the corpus's training part, as
+            `qkv-jax distil` writes it: targets are what a teacher made of the sources; None: none.
         batch_tokens: target tokens of an update, padding included.
         batch_source_tokens: the same for the source; None: no such limit.
         buckets: static batch shapes, hence compilations of the step.
@@ -69,6 +71,7 @@ class TextConfig:
     sampling_nbest: int = -1
     filters: Filters = field(default_factory=Filters)
     back_translated: Path | None = None
+    distilled: Path | None = None
     batch_tokens: int = 4096
     batch_source_tokens: int | None = None
     buckets: int = 8

@@ -1,11 +1,13 @@
 """The models that translate: what each configuration builds."""
 
 import functools
+import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from qkv_jax.compression import Quantisation, quantise
@@ -39,6 +41,16 @@ def model_shapes(config: ModelConfig, how: Quantisation = FLOAT) -> Any:
 def param_count(config: ModelConfig) -> int:
     """Numbers that the model learned."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(model_shapes(config)))
+
+
+def params_digest(params: Any) -> str:
+    """SHA-256 of the names, kinds and values of parameters, which are fetched to the host."""
+    whole = hashlib.sha256()
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        whole.update(f"{name} {x.dtype} {x.shape}\n".encode())
+        whole.update(np.ascontiguousarray(x).tobytes())
+    return whole.hexdigest()
 
 
 def quantised_params(config: ModelConfig, params: Any, how: Quantisation) -> Any:
