@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,31 @@ from qkv_jax.ops import pin
 Array = jax.Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+class Taught(NamedTuple):
+    """What a teacher predicts, as the factors of its logits.
+
+    Attributes:
+        states: (B, T, W) floating.
+        table: (V, W) floating.
+    """
+
+    states: Array
+    table: Array
+
+
+class Teaching(NamedTuple):
+    """How much a teacher counts.
+
+    Attributes:
+        weight: w in [0, 1], of its divergence; the labels' loss has 1 - w.
+        temperature: T, positive; both distributions are softmax(logits / T).
+    """
+
+    weight: float = 0.5
+    temperature: float = 1.0
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 8))
 def projected_cross_entropy(
     states: Array,
     table: Array,
@@ -20,6 +45,8 @@ def projected_cross_entropy(
     smoothing: float = 0.0,
     chunks: int = 1,
     r_drop: float = 0.0,
+    taught: Taught | None = None,
+    teaching: Teaching = Teaching(),
 ) -> tuple[Array, Array, Array]:
     """Label-smoothed cross-entropy of the logits `states table^T`, summed over weighted tokens.
 
@@ -40,32 +67,38 @@ def projected_cross_entropy(
             under two dropouts, P and Q; each adds alpha / 4 (KL(P || Q) + KL(Q || P)) to its
             loss, so that both together have equation 4, their losses and alpha / 2 times the two
             divergences.
+        taught: by a teacher: a token's smoothed loss becomes (1 - w) times it, plus
+            w T^2 KL(teacher || student). None: there is no teacher.
+        teaching: w and T.
 
     Returns:
         Weighted sums, float32 scalars: the smoothed loss, the plain negative log-likelihood, and
         the number of labels that are the most likely class. Only the first has gradients, with
-        respect to states and table.
+        respect to states and table; what is taught is constant.
 
     Source: Szegedy et al. 2016, arXiv 1512.00567, eq. 7 (the smoothing; torch's convention);
     gradients within the forward pass: Hsu et al. 2024, arXiv 2410.10989; R-Drop: Liang et al.
-    2021, arXiv 2106.14448.
+    2021, arXiv 2106.14448; the teacher: Hinton et al. 2015, arXiv 1503.02531, section 2, a token at
+    a time as in Kim and Rush 2016, arXiv 1606.07947, section 3.1.
     """
     states, table = pin(states, "batch", "length"), pin(table, "vocab", None)
     parts = (
-        _chunk(*part, table, smoothing, r_drop)[0]
-        for part in _split(states, labels, weights, chunks)
+        _chunk(*part, table, smoothing, r_drop, teaching)[0]
+        for part in _split(states, labels, weights, taught, chunks)
     )
     return functools.reduce(_add, parts)
 
 
-def _forward(states, table, labels, weights, smoothing, chunks, r_drop):
+def _forward(
+    states, table, labels, weights, smoothing, chunks, r_drop, taught, teaching
+):
     # Put together along D: else each device would have a part of every logit's sum.
     table = pin(table, "vocab", None)
     # Whole along T for each share of V: else it is the logits that are exchanged.
     states = pin(states, "batch", "length")
     sums, slopes_states, slopes_table = [], [], []
-    for part in _split(states, labels, weights, chunks):
-        part_sums, slope = _chunk(*part, table, smoothing, r_drop)
+    for part in _split(states, labels, weights, taught, chunks):
+        part_sums, slope = _chunk(*part, table, smoothing, r_drop, teaching)
         sums.append(part_sums)
         slope = slope.astype(states.dtype)
         slope_part = jnp.einsum("BTV,VD->BTD", slope, table.astype(states.dtype))
@@ -85,12 +118,13 @@ def _forward(states, table, labels, weights, smoothing, chunks, r_drop):
     return functools.reduce(_add, sums), (slope_states, slope_table)
 
 
-def _backward(smoothing, chunks, r_drop, saved, cotangents):
+def _backward(smoothing, chunks, r_drop, teaching, saved, cotangents):
     slope_states, slope_table = saved
     along = cotangents[0]
     return (
         slope_states * along.astype(slope_states.dtype),
         slope_table * along.astype(slope_table.dtype),
+        None,
         None,
         None,
     )
@@ -99,7 +133,7 @@ def _backward(smoothing, chunks, r_drop, saved, cotangents):
 projected_cross_entropy.defvjp(_forward, _backward)
 
 
-def _chunk(states, labels, weights, table, smoothing, r_drop):
+def _chunk(states, labels, weights, taught, table, smoothing, r_drop, teaching):
     """The three sums of a chunk, and the slope of the first with respect to its logits."""
     table = table.astype(states.dtype)
     logits = jnp.einsum(
@@ -117,12 +151,34 @@ def _chunk(states, labels, weights, table, smoothing, r_drop):
         jnp.where(classes == labels[..., None], 1.0 - smoothing, 0.0) + smoothing / V
     )
     slope = jnp.exp(logits - logsumexp[..., None]) - target
+    if taught is not None:
+        apart, slope_apart = _from_teacher(logits, taught, teaching.temperature)
+        share = teaching.weight
+        loss = (1.0 - share) * loss + share * apart
+        slope = (1.0 - share) * slope + share * slope_apart
     if r_drop:
         apart, slope_apart = _divergence(logits - logsumexp[..., None])
         loss = loss + r_drop / 4.0 * apart
         slope = slope + r_drop / 2.0 * slope_apart
     sums = (loss * weights, nll * weights, (picked >= top) * weights)
     return tuple(map(jnp.sum, sums)), slope * weights[..., None]
+
+
+def _from_teacher(
+    logits: Array, taught: Taught, temperature: float
+) -> tuple[Array, Array]:
+    """T^2 KL(teacher || student) of logits (B, T, V), (B, T), and its slope (B, T, V)."""
+    theirs = jnp.einsum(
+        "BTW,VW->BTV",
+        taught.states,
+        taught.table.astype(taught.states.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    log_p = jax.nn.log_softmax(theirs / temperature)
+    log_q = jax.nn.log_softmax(logits / temperature)
+    p = jnp.exp(log_p)
+    apart = (p * (log_p - log_q)).sum(axis=-1)
+    return temperature**2 * apart, temperature * (jnp.exp(log_q) - p)
 
 
 def _divergence(log_p: Array) -> tuple[Array, Array]:
@@ -147,8 +203,8 @@ def _divergence(log_p: Array) -> tuple[Array, Array]:
 
 
 def _split(
-    states: Array, labels: Array, weights: Array, chunks: int
-) -> Iterator[tuple[Array, Array, Array]]:
+    states: Array, labels: Array, weights: Array, taught: Taught | None, chunks: int
+) -> Iterator[tuple[Array, Array, Array, Taught | None]]:
     """Parts along time; just one on a mesh, where each device has few rows, and each part's slope
     of the table would be summed over the devices by itself."""
     length, mesh = labels.shape[1], jax.sharding.get_abstract_mesh()
@@ -156,7 +212,10 @@ def _split(
     size = -(-length // max(1, min(chunks, length)))
     for at in range(0, length, size):
         end = min(at + size, length)
-        yield states[:, at:end], labels[:, at:end], weights[:, at:end]
+        part = None
+        if taught is not None:
+            part = taught._replace(states=taught.states[:, at:end])
+        yield states[:, at:end], labels[:, at:end], weights[:, at:end], part
 
 
 def _add(left, right):

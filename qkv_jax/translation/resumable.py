@@ -35,16 +35,19 @@ def translate_resumably(
     Raises:
         RunError: the file is of something else, or cannot be written; it is left as it is.
     """
-    asked = _digest(translator, texts, count)
-    done = _done(part, asked)
+    # By length: the fewest shapes and the least padding.
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    done = _done(part, _digest(translator, texts, count))
     for begin in range(len(done), len(texts), SENTENCES):
-        found = translator(texts[begin : begin + SENTENCES], n_best=count)
+        some = [texts[i] for i in order[begin : begin + SENTENCES]]
+        found = translator(some, n_best=count)
         made = [[one.text for one in several[:count]] for several in found]
         _append(part, made)
         done += made
         if say is not None:
             say(len(done))
-    return done
+    of_text = dict(zip(order, done))
+    return [of_text[i] for i in range(len(texts))]
 
 
 def _digest(translator: Translator, texts: Sequence[str], count: int) -> str:
