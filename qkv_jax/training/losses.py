@@ -168,10 +168,11 @@ def _from_teacher(
     logits: Array, taught: Taught, temperature: float
 ) -> tuple[Array, Array]:
     """T^2 KL(teacher || student) of logits (B, T, V), (B, T), and its slope (B, T, V)."""
+    states, table = taught
     theirs = jnp.einsum(
         "BTW,VW->BTV",
-        taught.states,
-        taught.table.astype(taught.states.dtype),
+        pin(states, "batch", "length"),
+        pin(table.astype(states.dtype), "vocab", None),
         preferred_element_type=jnp.float32,
     )
     log_p = jax.nn.log_softmax(theirs / temperature)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.tree_util import Partial
 
 from qkv_jax.training.adapters import FinetuneConfig, merge_params
 from qkv_jax.training.sharding import (
@@ -21,6 +22,8 @@ from qkv_jax.training.stopping import stop_point
 
 # (params, batch, rng) -> (loss_sum, aux): float32 sums over the batch's real target tokens;
 # aux holds at least "tokens", their number. rng is a typed key, or None: deterministic.
+# Large arrays that it needs besides, such as a teacher's parameters, are those of a Partial, which
+# are arguments of the compiled program, where a closure's would be constants within it.
 LossFn = Callable[
     [Any, dict[str, jax.Array], Any], tuple[jax.Array, dict[str, jax.Array]]
 ]
@@ -69,22 +72,26 @@ def make_train_step(
 
     mesh = auto_mesh(mesh)
 
-    def of_trained(constant: Any) -> LossFn:
+    def of_trained(constant: Any, loss_fn: LossFn) -> LossFn:
         return lambda trained, batch, rng: loss_fn(
             merge_params(trained, constant, finetune, rng=rng), batch, rng
         )
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: Batch, loss_fn: Partial
+    ) -> tuple[TrainState, Metrics]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            new, metrics = update(state, batch)
+            new, metrics = update(state, batch, loss_fn)
         places = state_shardings(new, mesh)
         return jax.lax.with_sharding_constraint(new, places), metrics
 
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def update(
+        state: TrainState, batch: Batch, loss_fn: Partial
+    ) -> tuple[TrainState, Metrics]:
         rng = jax.random.wrap_key_data(state.rng, impl=rng_impl)
         rng = jax.random.fold_in(rng, state.step)
         grads, sums = _summed_gradient(
-            of_trained(state.constant), state.params, batch, rng, accumulate, mesh
+            of_trained(state.constant, loss_fn), state.params, batch, rng, accumulate, mesh
         )
         metrics = per_token(sums)
         scale = 1.0 / jnp.maximum(sums["tokens"], 1.0)
@@ -119,27 +126,44 @@ def make_train_step(
         )
         return new, metrics
 
-    return jax.jit(
+    jitted = jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(None, logical_sharding(mesh, "batch")),
+        in_shardings=(None, logical_sharding(mesh, "batch"), None),
         out_shardings=(None, replicated(mesh)),
     )
+    return _WithLoss(jitted, loss_fn)
+
+
+class _WithLoss:
+    """A jitted function of arguments and a loss, of which it is always the same."""
+
+    def __init__(self, jitted: Any, loss_fn: LossFn):
+        self._jitted = jitted
+        self._loss = loss_fn if isinstance(loss_fn, Partial) else Partial(loss_fn)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._jitted(*arguments, self._loss)
+
+    def lower(self, *arguments: Any) -> Any:
+        """As of a jitted function."""
+        return self._jitted.lower(*arguments, self._loss)
 
 
 def make_eval_step(loss_fn: LossFn, *, mesh: Mesh) -> Callable[[Any, Batch], Metrics]:
     """A jitted step(params, batch) -> loss_fn's sums, with rng None: no dropout."""
     mesh = auto_mesh(mesh)
 
-    def step(params: Any, batch: Batch) -> Metrics:
+    def step(params: Any, batch: Batch, loss_fn: Partial) -> Metrics:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return loss_fn(params, batch, None)[1]
 
-    return jax.jit(
+    jitted = jax.jit(
         step,
-        in_shardings=(None, logical_sharding(mesh, "batch")),
+        in_shardings=(None, logical_sharding(mesh, "batch"), None),
         out_shardings=replicated(mesh),
     )
+    return _WithLoss(jitted, loss_fn)
 
 
 def evaluate_loss(

@@ -4,6 +4,7 @@ from qkv_jax.translation.alignment import Alignment as Alignment
 from qkv_jax.translation.compare import Comparison as Comparison
 from qkv_jax.translation.compare import compare as compare
 from qkv_jax.translation.config import DecodingConfig as DecodingConfig
+from qkv_jax.translation.config import DistillationConfig as DistillationConfig
 from qkv_jax.translation.config import LanguageConfig as LanguageConfig
 from qkv_jax.translation.config import TextConfig as TextConfig
 from qkv_jax.translation.config import TranslationConfig as TranslationConfig

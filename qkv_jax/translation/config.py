@@ -216,6 +216,43 @@ class LanguageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """What a model learns from the predictions of another one, the teacher, beside the labels.
+
+    The loss of a token is (1 - weight) times that of its label, plus weight T^2 times the
+    divergence of the student's distribution from the teacher's, both softened by T.
+
+    Attributes:
+        teacher: directory of a run, or of an imported, published or compressed model, or a hub
+            name; None: there is none. Its tokeniser is the run's, so that text.vocabulary and
+            text.tokenizer count for nothing, and the model of init_from must have the same.
+        weight: of the divergence, in (0, 1].
+        temperature: T.
+
+    Source: Hinton et al. 2015, arXiv 1503.02531, section 2; word-level distillation of Kim and
+    Rush 2016, arXiv 1606.07947, section 3.1. Their sequence-level one is `text.distilled`.
+    """
+
+    teacher: str | None = None
+    weight: float = 0.5
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        if not 0.0 < self.weight <= 1.0:
+            raise ValueError(
+                f"weight must be in (0, 1]; got {self.weight}: without a teacher, leave it out."
+            )
+        if not (math.isfinite(self.temperature) and self.temperature > 0.0):
+            raise ValueError(
+                f"temperature must be positive and finite; got {self.temperature}."
+            )
+        if self.teacher is None and (self.weight, self.temperature) != (0.5, 1.0):
+            raise ValueError(
+                "weight and temperature are of a teacher: give distillation.teacher."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TranslationConfig:
     """A translation run.
 
@@ -235,6 +272,7 @@ class TranslationConfig:
             dropouts, and is trained on half the sum of both losses and of alpha / 2 times both
             divergences of what they predict (half of Liang et al. 2021, arXiv 2106.14448,
             equation 4: losses stay comparable). An update costs twice as much. 0: none.
+        distillation: a teacher whose predictions it learns from too, in training alone.
         optimizer, training, mesh: how it is trained, and on which devices.
         validation_sentences: validation pairs translated greedily at each evaluation, for the
             metric "bleu"; 0: none, and the validation loss decides.
@@ -256,6 +294,7 @@ class TranslationConfig:
     ) = field(default_factory=seq2seq.tiny)
     label_smoothing: float = 0.1
     r_drop: float = 0.0
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig
     mesh: MeshConfig = field(default_factory=MeshConfig)

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.tree_util import Partial
 
 from qkv_jax import data, training
 from qkv_jax.compression import Quantisation, imitate
 from qkv_jax.data import BOS, EOS, EncodedPairs, Pair, SentenceTokenizer
 from qkv_jax.models import seq2seq
-from qkv_jax.training.losses import projected_cross_entropy
+from qkv_jax.training.losses import Taught, Teaching, projected_cross_entropy
 from qkv_jax.translation import card
 from qkv_jax.translation.config import TranslationConfig, languages_of
 from qkv_jax.translation.evaluate import (
@@ -32,9 +33,9 @@ from qkv_jax.translation.models import (
     check_mesh,
     init_params,
     model_graph,
+    params_digest,
     quantised_params,
 )
-from qkv_jax.translation.search import shift
 from qkv_jax.translation.start import (
     TOKENIZER,
     Checkpoint,
@@ -43,6 +44,12 @@ from qkv_jax.translation.start import (
     read_run,
     save_start,
     started,
+)
+from qkv_jax.translation.teacher import (
+    Teacher,
+    decoder_inputs,
+    load_teacher,
+    make_teacher,
 )
 from qkv_jax.translation.translator import Translator
 
@@ -168,6 +175,7 @@ def make_loss(
     start: int = BOS,
     eos: int = EOS,
     quantise: Quantisation = FLOAT,
+    teacher: Teacher | None = None,
 ) -> training.step.LossFn:
     """The loss of `training.train` for this model: sums over the real target tokens.
 
@@ -178,13 +186,20 @@ def make_loss(
             twice, and sums are means of both.
         start, eos: ids that targets start from and end with.
         quantise: what the model is rounded to.
+        teacher: whose predictions count where there is dropout, that is in training; its params
+            are arguments of the program, and nothing changes them.
     """
-    graph = model_graph(config)
+    graph, ids = model_graph(config), {"start": start, "eos": eos}
 
-    def loss_fn(params, batch, rng):
+    def loss_fn(known, params, batch, rng):
+        taught, teaching = None, Teaching()
+        if teacher is not None and rng is not None:
+            taught, teaching = teacher.taught(known, batch, **ids), teacher.teaching
         twice = rng is not None and r_drop > 0.0
         if twice:
             batch = {name: _twice(array) for name, array in batch.items()}
+            if taught is not None:
+                taught = taught._replace(states=_twice(taught.states))
         model = nnx.merge(graph, params)
         if quantise.weights is not None:
             imitate(model, quantise)
@@ -194,11 +209,14 @@ def make_loss(
             rng,
             label_smoothing,
             r_drop=r_drop if twice else 0.0,
-            start=start,
-            eos=eos,
+            taught=taught,
+            teaching=teaching,
+            **ids,
         )
 
-    return loss_fn
+    if teacher is None:
+        return functools.partial(loss_fn, None)
+    return Partial(loss_fn, teacher.params)
 
 
 def _twice(array: jax.Array) -> jax.Array:
@@ -214,16 +232,14 @@ def module_loss(
     label_smoothing: float,
     *,
     r_drop: float = 0.0,
+    taught: Taught | None = None,
+    teaching: Teaching = Teaching(),
     start: int,
     eos: int,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """What `make_loss` makes, of a module; with r_drop, of rows and their copies in turn."""
     target = batch["target"]
-    shifted = shift(target, start)
-    segments = None
-    if "target_segments" in batch:
-        segments = seq2seq.Segments(batch["source_segments"], batch["target_segments"])
-        shifted = jnp.where(shifted == eos, start, shifted)
+    shifted, segments = decoder_inputs(batch, start=start, eos=eos)
     states = model.states(batch["source"], shifted, segments=segments, rng=rng)
     weights = (target != model.config.pad).astype(jnp.float32)
     if r_drop:
@@ -235,6 +251,8 @@ def module_loss(
         label_smoothing,
         2 * LOSS_CHUNKS if r_drop else LOSS_CHUNKS,
         r_drop,
+        taught,
+        teaching,
     )
     penalty = model.penalty() if isinstance(model, seq2seq.Model) else None
     if penalty is not None and rng is not None:
@@ -252,9 +270,11 @@ def make_task(config: TranslationConfig, mesh: jax.sharding.Mesh) -> training.Ta
     """
     multiple = training.batch_shares(mesh) * config.training.accumulate
     start, share = started(config), training.row_share(mesh)
+    tutor = load_teacher(config)
+    given = start or tutor
     prepared = prepare(
         config,
-        tokenizer=None if start is None else start.tokenizer,
+        tokenizer=None if given is None else given.tokenizer,
         rows_multiple=multiple,
         share=share,
     )
@@ -269,6 +289,7 @@ def make_task(config: TranslationConfig, mesh: jax.sharding.Mesh) -> training.Ta
         check_mesh(model, mesh.shape)
     except ValueError as error:
         raise training.RunError(f"mesh: {error}") from error
+    teacher = make_teacher(config, tutor, model=model, tokenizer=tokenizer, mesh=mesh)
 
     def save(directory: Path) -> None:
         tokenizer.save(directory / TOKENIZER)
@@ -279,7 +300,7 @@ def make_task(config: TranslationConfig, mesh: jax.sharding.Mesh) -> training.Ta
     has_valid = len(prepared.valid.source) > 0
     return training.Task(
         params=make_params if start is None else start.params,
-        loss_fn=_loss(config, model, tokenizer),
+        loss_fn=_loss(config, model, tokenizer, teacher),
         iterator=data.train_iterator(prepared.stream),
         share=share,
         evaluate=_validation(config, model, prepared, mesh) if has_valid else None,
@@ -288,6 +309,7 @@ def make_task(config: TranslationConfig, mesh: jax.sharding.Mesh) -> training.Ta
         identity={
             "tokenizer": tokenizer.digest,
             "batch_rows": [b.rows for b in prepared.stream.report().buckets],
+            **({} if tutor is None else {"teacher": params_digest(tutor.params)}),
         },
         data=("text or tokeniser", tokenizer.digest),
         unit="target tokens",
@@ -394,7 +416,10 @@ def _model(
 
 
 def _loss(
-    config: TranslationConfig, model: ModelConfig, tokenizer: SentenceTokenizer
+    config: TranslationConfig,
+    model: ModelConfig,
+    tokenizer: SentenceTokenizer,
+    teacher: Teacher | None = None,
 ) -> training.step.LossFn:
     return make_loss(
         model,
@@ -403,6 +428,7 @@ def _loss(
         start=tokenizer.start,
         eos=tokenizer.eos,
         quantise=config.quantise,
+        teacher=teacher,
     )
 
 

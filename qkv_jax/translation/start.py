@@ -203,7 +203,7 @@ def read_run(directory: str | Path) -> TranslationConfig:
         RunError: it is no run of this task.
     """
     content = training.read_config(directory)
-    for name in ("tokenizer", "batch_rows"):
+    for name in ("tokenizer", "batch_rows", "teacher"):
         content.pop(name, None)
     try:
         return TranslationConfig.from_json(content)

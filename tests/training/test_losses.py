@@ -5,7 +5,7 @@ import optax
 import pytest
 
 from qkv_jax.training import logical_sharding, make_mesh
-from qkv_jax.training.losses import projected_cross_entropy
+from qkv_jax.training.losses import Taught, Teaching, projected_cross_entropy
 
 B, T, D, V = 8, 5, 3, 7
 RNG = np.random.default_rng(0)
@@ -35,20 +35,29 @@ def oracle(states, table, labels, weights, smoothing):
     return sums, slopes
 
 
-def run(states, table, labels, weights, smoothing=0.0, chunks=1, r_drop=0.0):
+def run(
+    states,
+    table,
+    labels,
+    weights,
+    smoothing=0.0,
+    chunks=1,
+    r_drop=0.0,
+    teaching=Teaching(),
+    taught=None,
+):
     """Sums, and the gradients of the loss for states and table."""
 
     def loss(states, table):
-        sums = projected_cross_entropy(
-            states, table, labels, weights, smoothing, chunks, r_drop
-        )
+        options = (smoothing, chunks, r_drop, taught, teaching)
+        sums = projected_cross_entropy(states, table, labels, weights, *options)
         return sums[0], sums
 
     gradients, sums = jax.grad(loss, argnums=(0, 1), has_aux=True)(states, table)
     return sums, gradients
 
 
-jitted = jax.jit(run, static_argnums=(4, 5, 6))
+jitted = jax.jit(run, static_argnums=(4, 5, 6, 7))
 
 
 def close(got, want, tolerance=1e-5):
@@ -141,6 +150,55 @@ def test_two_passes_of_a_row_are_drawn_together(chunks):
     close((loss, nll, correct), (plain[0][0] + more, *plain[0][1:]))
     close(gradients, jax.tree.map(jnp.add, plain[1], slopes))
     assert more > 1.0
+
+
+# A teacher of another width: its logits have the student's shape alone.
+TAUGHT = Taught(
+    RNG.normal(size=(B, T, 2)).astype(np.float32),
+    RNG.normal(size=(V, 2)).astype(np.float32),
+)
+
+
+def taught_oracle(teaching, smoothing):
+    """(1 - w) labels + w T^2 KL(teacher || student), token by token, float64 numpy."""
+    (w, heat), states, table = teaching, STATES.astype(float), TABLE.astype(float)
+    (loss, *others), slopes = oracle(*BATCH, smoothing)
+    loss, slopes = (1 - w) * loss, [(1 - w) * slope for slope in slopes]
+    for at in np.ndindex(LABELS.shape):
+        theirs = np.exp(TAUGHT.table.astype(float) @ TAUGHT.states[at] / heat)
+        ours = np.exp(table @ states[at] / heat)
+        p, q = theirs / theirs.sum(), ours / ours.sum()
+        loss += w * WEIGHTS[at] * heat**2 * (p * np.log(p / q)).sum()
+        slope = w * WEIGHTS[at] * heat**2 * (q - p) / heat
+        slopes[0][at] += slope @ table
+        slopes[1] += np.outer(slope, states[at])
+    return [loss, *others], tuple(slopes)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("teaching", [(0.3, 1.0), (0.3, 2.5), (1.0, 0.7)])
+def test_a_teacher_draws_the_student_to_it_as_weighted_and_softened(teaching, chunks):
+    teaching = Teaching(*teaching)
+    sums, gradients = jitted(*BATCH, 0.1, chunks, 0.0, teaching, TAUGHT)
+    truth = taught_oracle(teaching, 0.1)
+    close(list(sums), truth[0])
+    close(gradients, truth[1])
+
+
+def test_a_student_that_predicts_as_its_teacher_is_not_drawn_anywhere():
+    same, whole = Taught(STATES, TABLE), Teaching(weight=1.0, temperature=3.0)
+    (loss, *_), gradients = jitted(*BATCH, 0.1, 1, 0.0, whole, same)
+    close((loss, *gradients), (0.0, np.zeros_like(STATES), np.zeros_like(TABLE)), 1e-4)
+
+
+def test_a_teacher_and_two_dropouts_add_up():
+    batch = (*BATCH[:2], *(np.repeat(x[::2], 2, axis=0) for x in BATCH[2:]))
+    taught = TAUGHT._replace(states=np.repeat(TAUGHT.states[::2], 2, axis=0))
+    options, plain = (0.1, 2), jitted(*batch, 0.1, 2)
+    drawn = jitted(*batch, *options, 3.0)
+    half = jitted(*batch, *options, 0.0, Teaching(), taught)
+    both = jitted(*batch, *options, 3.0, Teaching(), taught)
+    close(both, jax.tree.map(lambda x, y, z: x + y - z, drawn, half, plain))
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
