@@ -56,6 +56,7 @@ class Search(Use):
         seed: of the samples.
         minimum_risk: order samples by their mean chrF against each other.
         batch_rows: sentences translated at once.
+        kv_cache: whether keys and values are remembered as floats or in int8.
     """
 
     beams: int | None = None
@@ -72,6 +73,7 @@ class Search(Use):
     seed: int | None = None
     minimum_risk: bool | None = None
     batch_rows: int | None = None
+    kv_cache: Literal["float", "int8"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

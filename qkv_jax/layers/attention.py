@@ -253,7 +253,7 @@ class MultiHeadAttention(nnx.Module):
         Arguments past x are those of `KVCache.attend`.
         """
         query = self.query(x)
-        self._record(query, remembered.key.transpose(0, 3, 1, 2), mask, score)
+        self._record(query, remembered.rows()[0], mask, score)
         heads = remembered.attend(
             query, mask=mask, score=score, scale=self.scale, filled=filled
         )

@@ -356,20 +356,35 @@ class Model(nnx.Module):
                     del layer.weights
 
     def init_cache(
-        self, memory: Array, source_lengths: Array, *, hypotheses: int, steps: int
+        self,
+        memory: Array,
+        source_lengths: Array,
+        *,
+        hypotheses: int,
+        steps: int,
+        dtype: Any = None,
     ) -> Cache:
-        """An empty cache for `steps` steps of `hypotheses` (Z) prefixes of each row of memory."""
+        """An empty cache for `steps` steps of `hypotheses` (Z) prefixes of each row of memory.
+
+        Args:
+            memory, source_lengths: see `encode`.
+            hypotheses, steps: Z, and the longest prefix.
+            dtype: of keys and values; int8: with a scale a head and slot. None: memory's.
+        """
         config, batch = self.config, memory.shape[0]
+        dtype = memory.dtype if dtype is None else dtype
         size = config.side("decoder")[2]
         counts = [
             config.heads_of(f"decoder.{i}.attention") for i in range(len(self.decoder))
         ]
         return Cache(
             layers=tuple(
-                KVCache.zeros(batch, steps * hypotheses, heads, size, memory.dtype)
+                KVCache.zeros(batch, steps * hypotheses, heads, size, dtype)
                 for _, heads in counts
             ),
-            memory=tuple(block.cross.remember(memory) for block in self.decoder),
+            memory=tuple(
+                block.cross.remember(memory).astype(dtype) for block in self.decoder
+            ),
             source_lengths=source_lengths,
             ancestry=Ancestry.start(batch, hypotheses, steps),
         )

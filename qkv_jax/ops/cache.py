@@ -29,33 +29,63 @@ class KVCache:
 
     Attributes:
         key: (B, K, H, S); value: (B, K, S, E). Slots not yet written are zero.
+        scales: of int8, what the key and the value of each head and slot are multiplied by,
+            (B, K, 1, S) and (B, K, S, 1) float32. Each number is off by at most 1 / 254 of the
+            largest in its key or value. None: key and value are floats.
     """
 
     key: Array
     value: Array
+    scales: tuple[Array, Array] | None = None
 
     @classmethod
     def zeros(cls, batch: int, length: int, heads: int, size: int, dtype) -> "KVCache":
-        return cls(
-            key=jnp.zeros((batch, heads, size, length), dtype),
-            value=jnp.zeros((batch, heads, length, size), dtype),
-        )
+        """An empty cache of a dtype; int8: with scales."""
+        key = jnp.zeros((batch, heads, size, length), dtype)
+        value = jnp.zeros((batch, heads, length, size), dtype)
+        if jnp.dtype(dtype) != jnp.int8:
+            return cls(key=key, value=value)
+        scale = jnp.zeros((batch, heads, 1, length), jnp.float32)
+        return cls(key=key, value=value, scales=(scale, scale.transpose(0, 1, 3, 2)))
 
     @classmethod
     def of(cls, key: Array, value: Array) -> "KVCache":
         """A full cache of keys (B, S, K, H) and values (B, S, K, E)."""
         return cls(key=key.transpose(0, 2, 3, 1), value=value.transpose(0, 2, 1, 3))
 
+    def astype(self, dtype) -> "KVCache":
+        """The same keys and values, as floats of a dtype, or as int8 with scales."""
+        if jnp.dtype(dtype) == jnp.int8:
+            if self.scales is not None:
+                return self
+            key, key_scale = to_int8(self.key, 2)
+            value, value_scale = to_int8(self.value, 3)
+            return KVCache(key=key, value=value, scales=(key_scale, value_scale))
+        key, value = self.key, self.value
+        if self.scales is not None:
+            key, value = (x * scale for x, scale in zip((key, value), self.scales))
+        return KVCache(key=key.astype(dtype), value=value.astype(dtype))
+
     def rows(self) -> tuple[Array, Array]:
-        """Keys (B, S, K, H) and values (B, S, K, E), as `of` takes them."""
-        return self.key.transpose(0, 3, 1, 2), self.value.transpose(0, 2, 1, 3)
+        """Keys (B, S, K, H) and values (B, S, K, E), as `of` takes them; of int8, as float32."""
+        floats = self if self.scales is None else self.astype(jnp.float32)
+        return floats.key.transpose(0, 3, 1, 2), floats.value.transpose(0, 2, 1, 3)
 
     def write(self, key: Array, value: Array, at: Array) -> "KVCache":
         """A cache with `key` (B, Z, K, H) and `value` (B, Z, K, E) in slots at .. at + Z - 1."""
-        new = KVCache.of(key.astype(self.key.dtype), value.astype(self.value.dtype))
+        new = KVCache.of(key, value).astype(self.key.dtype)
+
+        def put(stored: Array, new: Array, axis: int) -> Array:
+            return lax.dynamic_update_slice_in_dim(stored, new, at, axis)
+
+        scales = None
+        if self.scales is not None and new.scales is not None:
+            (key_scale, value_scale), (new_key, new_value) = self.scales, new.scales
+            scales = put(key_scale, new_key, 3), put(value_scale, new_value, 2)
         return KVCache(
-            key=lax.dynamic_update_slice_in_dim(self.key, new.key, at, 3),
-            value=lax.dynamic_update_slice_in_dim(self.value, new.value, at, 2),
+            key=put(self.key, new.key, 3),
+            value=put(self.value, new.value, 2),
+            scales=scales,
         )
 
     def attend(
@@ -102,7 +132,12 @@ class KVCache:
         )
 
     def _first(self, count: int) -> "KVCache":
-        return KVCache(key=self.key[..., :count], value=self.value[:, :, :count])
+        scales = self.scales
+        if scales is not None:
+            scales = scales[0][..., :count], scales[1][:, :, :count]
+        return KVCache(
+            key=self.key[..., :count], value=self.value[:, :, :count], scales=scales
+        )
 
     def _attend(
         self, query: Array, allowed: Array | None, score: Score | None, scale: float
@@ -111,23 +146,41 @@ class KVCache:
         K, S = self.key.shape[1], self.key.shape[3]
         dtype = jnp.promote_types(query.dtype, jnp.float32)
         grouped = query.transpose(0, 2, 1, 3).reshape(B, K, N // K * T, H)
+        key, value = self.key, self.value
+        if self.scales is not None:
+            key, value = key.astype(query.dtype), value.astype(query.dtype)
         logits = jnp.einsum(
-            "BKQH,BKHS->BKQS", grouped, self.key, preferred_element_type=dtype
-        ).reshape(B, N, T, S)
-        logits = logits * jnp.asarray(scale, dtype)
+            "BKQH,BKHS->BKQS", grouped, key, preferred_element_type=dtype
+        )
+        if (
+            self.scales is not None
+        ):  # Of numbers times one scale a slot, the sum times it.
+            logits = logits * self.scales[0]
+        logits = logits.reshape(B, N, T, S) * jnp.asarray(scale, dtype)
         logits = logits if score is None else score.over(logits)
         if allowed is not None:
             logits = jnp.where(allowed, logits, -jnp.inf)
         top = jnp.maximum(logits.max(-1, keepdims=True), jnp.finfo(dtype).min)
         weights = jnp.exp(logits - top)
         total = jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(dtype).tiny)
+        weights = weights.reshape(B, K, N // K * T, S)
+        if self.scales is not None:
+            weights = weights * self.scales[1].transpose(0, 1, 3, 2)
         out = jnp.einsum(
             "BKQS,BKSE->BKQE",
-            weights.astype(query.dtype).reshape(B, K, N // K * T, S),
-            self.value,
+            weights.astype(query.dtype),
+            value,
             preferred_element_type=dtype,
         ).reshape(B, N, T, -1)
         return (out / total).astype(query.dtype).transpose(0, 2, 1, 3)
+
+
+def to_int8(x: Array, axis: int) -> tuple[Array, Array]:
+    """int8 along an axis of heads' components, and what the largest of them has as its unit."""
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis=axis, keepdims=True) / 127.0
+    numbers = jnp.round(x / jnp.where(scale == 0.0, 1.0, scale))
+    return numbers.astype(jnp.int8), scale
 
 
 @jax.tree_util.register_dataclass

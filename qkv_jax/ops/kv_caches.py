@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from qkv_jax.ops.attention import dot_product_attention
+from qkv_jax.ops.cache import to_int8
 from qkv_jax.ops.masks import Mask, as_mask
 from qkv_jax.ops.scores import Score
 
@@ -94,7 +95,8 @@ class SlotCache:
 
         scales = self.scales
         if scales is not None:
-            (key, key_scale), (value, value_scale) = map(_to_int8, (key, value))
+            key, key_scale = to_int8(key, 3)
+            value, value_scale = to_int8(value, 3)
             scales = write(scales[0], key_scale), write(scales[1], value_scale)
         return replace(
             self,
@@ -394,13 +396,6 @@ def _places(lengths: Array, count: int, counts: Array | None) -> tuple[Array, Ar
     if counts is None:
         return places, jnp.ones(places.shape, bool)
     return places, step < counts[:, None]
-
-
-def _to_int8(x: Array) -> tuple[Array, Array]:
-    """int8 of the largest component's scale, and the scale, (..., 1) float32."""
-    x = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127.0
-    return jnp.round(x / jnp.where(scale == 0.0, 1.0, scale)), scale
 
 
 def _expect_like(name: str, new: Array, stored: Array) -> None:

@@ -91,7 +91,12 @@ def make_train_step(
         rng = jax.random.wrap_key_data(state.rng, impl=rng_impl)
         rng = jax.random.fold_in(rng, state.step)
         grads, sums = _summed_gradient(
-            of_trained(state.constant, loss_fn), state.params, batch, rng, accumulate, mesh
+            of_trained(state.constant, loss_fn),
+            state.params,
+            batch,
+            rng,
+            accumulate,
+            mesh,
         )
         metrics = per_token(sums)
         scale = 1.0 / jnp.maximum(sums["tokens"], 1.0)

@@ -118,6 +118,9 @@ class DecodingConfig:
         exact: whether a search runs until no better hypothesis is possible, or stops once none
             would win by ending at its next token (far fewer steps; may miss a longer one).
         batch_rows: sentences translated at once.
+        kv_cache: in what the Transformer remembers keys and values, of the source and of what it
+            has said: as it computes ("float"), or in "int8" with a scale for each head of each
+            position, in about a quarter of float32's memory.
         max_source: tokens of the longest source, EOS included.
         max_length: tokens of the longest translation, EOS included. A translation has at most
             10 more than twice its source.
@@ -139,6 +142,7 @@ class DecodingConfig:
     alpha: float = 1.0
     exact: bool = False
     batch_rows: int = 64
+    kv_cache: Literal["float", "int8"] = "float"
     max_source: int = 256
     max_length: int = 256
     overlong: Literal["truncate", "split", "refuse"] = "truncate"
@@ -177,6 +181,10 @@ class DecodingConfig:
         if self.overlong not in ("truncate", "split", "refuse"):
             raise ValueError(
                 f"overlong must be 'truncate', 'split' or 'refuse'; got {self.overlong!r}."
+            )
+        if self.kv_cache not in ("float", "int8"):
+            raise ValueError(
+                f"kv_cache must be 'float' or 'int8'; got {self.kv_cache!r}."
             )
         self._check_samples()
 
@@ -316,6 +324,7 @@ class TranslationConfig:
                 "quantise is of the Transformer: the recurrent model multiplies by its weights "
                 "itself, not through layers that can be replaced."
             )
+        check_kv_cache(self.decoding, self.model)
         self._check_packing()
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(
@@ -376,6 +385,19 @@ class TranslationConfig:
             ValueError, TypeError, KeyError: it made no such content.
         """
         return from_plain(cls, content)
+
+
+def check_kv_cache(
+    decoding: DecodingConfig, *models: seq2seq.Config | recurrent.Config
+) -> None:
+    """Raises ValueError where a model cannot remember what the decoding asks for."""
+    if decoding.kv_cache == "int8" and any(
+        isinstance(model, recurrent.Config) for model in models
+    ):
+        raise ValueError(
+            "kv_cache 'int8' is of the Transformer: a recurrent model remembers one state a layer, "
+            "and the source itself, as floats: use 'float'."
+        )
 
 
 def languages_of(data: Data) -> tuple[str | None, str | None]:

@@ -79,9 +79,7 @@ def _done(part: Path, asked: str) -> list[list[str]]:
             os.truncate(part, len(whole))
         return [json.loads(line) for line in lines]
     except OSError as error:
-        raise training.RunError(
-            f"{part} cannot be used: {error.strerror}."
-        ) from error
+        raise training.RunError(f"{part} cannot be used: {error.strerror}.") from error
     except ValueError as error:
         raise training.RunError(
             f"{part} is damaged ({error}): remove it to begin anew."

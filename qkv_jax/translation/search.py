@@ -68,12 +68,10 @@ def search(
     forced = 0 if prefix is None else prefix.shape[1]
     steps = min(longest, 2 * source.shape[1] + EXTRA_LENGTH + forced)
     hypotheses = decoding.samples or decoding.beams
-    caches = []
-    for model in models:
-        memory, lengths = model.encode(source)
-        caches.append(
-            model.init_cache(memory, lengths, hypotheses=hypotheses, steps=steps)
-        )
+    room: dict[str, Any] = {"hypotheses": hypotheses, "steps": steps}
+    if decoding.kv_cache == "int8":
+        room["dtype"] = jnp.int8
+    caches = [model.init_cache(*model.encode(source), **room) for model in models]
     lengths = jnp.sum(source != ids.pad, axis=1, dtype=jnp.int32)
     limit = jnp.minimum(2 * lengths + EXTRA_LENGTH + forced, steps)
     step, cache = models[0].decode_step, caches[0]

@@ -36,7 +36,7 @@ from qkv_jax.training.distributed import fetch
 from qkv_jax.translation import search
 from qkv_jax.translation.alignment import Alignment, align, side_by_side
 from qkv_jax.translation.attention import PairAttention, pair_attention
-from qkv_jax.translation.config import DecodingConfig
+from qkv_jax.translation.config import DecodingConfig, check_kv_cache
 from qkv_jax.translation.models import FLOAT, ModelConfig, model_graph
 from qkv_jax.translation.overlong import split_text
 from qkv_jax.translation.rows import (
@@ -118,7 +118,7 @@ class Translator:
 
         Raises:
             ValueError: another model has another tokeniser; the mesh shares out the axes of
-                integers.
+                integers; a recurrent model is to have a cache of int8.
         """
         self.config, self.tokenizer = config, tokenizer
         self.mesh = auto_mesh(make_mesh() if mesh is None else mesh)
@@ -131,6 +131,8 @@ class Translator:
             raise ValueError(
                 'quantised weights lie whole on each device: give a mesh whose axis "tensor" is 1.'
             )
+        configs = [config, *(other.config for other in others)]
+        check_kv_cache(decoding, *configs)
         self.params: tuple[Any, ...] = (
             place_state(params, self.mesh),
             *(part for other in others for part in other.params),
@@ -139,7 +141,7 @@ class Translator:
             model_graph(config, quantisation),
             *(graph for other in others for graph in other.graphs),
         )
-        self.decoding = _within(decoding, [config, *(x.config for x in others)])
+        self.decoding = _within(decoding, configs)
         self.lengths = row_lengths(self.decoding.max_source)
         self.ids = search.Ids(
             tokenizer.start, tokenizer.eos, tokenizer.pad, tokenizer.never

@@ -47,6 +47,38 @@ def test_a_cache_is_attended_to_as_its_keys_and_values_are(kv_heads, score):
     np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
+@pytest.mark.parametrize("filled", [None, 3, 9])
+def test_int8_is_attended_to_as_the_numbers_it_stands_for(filled):
+    query, key, value = draw((2, 3, 6, 5), (2, 11, 3, 5), (2, 11, 3, 7))
+    cache = KVCache.of(key, value).astype(jnp.int8)
+    assert (cache.key.dtype, cache.value.dtype) == (jnp.int8, jnp.int8)
+    for stored, real in zip(cache.rows(), (key, value)):
+        step = np.abs(real).max(-1, keepdims=True) / 254
+        assert np.all(np.abs(stored - real) <= 1.01 * step)
+    last = 11 if filled is None else filled
+    mask = masks.dense((jnp.arange(11) < last)[None, None, None])
+    options = {"mask": mask, "scale": 0.3}
+    count = None if filled is None else jnp.int32(filled)
+    found = cache.attend(query, **options, filled=count)
+    wanted = dot_product_attention(query, *cache.rows(), **options)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert (
+        1e-5
+        < np.abs(found - dot_product_attention(query, key, value, **options)).max()
+        < 0.05
+    )
+
+
+def test_int8_is_written_with_its_scales():
+    key, value = draw((2, 2, 3, 4), (2, 2, 3, 4))
+    empty = KVCache.zeros(2, 6, 3, 4, jnp.int8)
+    cache = jax.jit(KVCache.write)(empty, key, value, jnp.int32(3))
+    whole = KVCache.of(key, value).astype(jnp.int8)
+    for stored, new in zip(cache.rows(), whole.rows()):
+        np.testing.assert_array_equal(stored[:, 3:5], new)
+        assert not np.any(stored[:, :3]) and not np.any(stored[:, 5:])
+
+
 def test_who_may_attend_to_nothing_in_a_cache_gets_zero():
     query, key, value = draw((2, 1, 2, 4), (2, 5, 2, 4), (2, 5, 2, 4))
     mask = masks.lengths(key=jnp.array([0, 5]))
