@@ -3,6 +3,7 @@
     qkv-jax compress runs/multi30k runs/int8 --weights int8
     qkv-jax prune runs/multi30k runs/pruned --heads 0.3 --even-heads --feed-forward 0.5
     python -m benchmarks.efficiency runs/multi30k runs/int8 runs/pruned
+    python -m benchmarks.efficiency runs/multi30k --kv-caches float int8
 
 The first model is a run, on whose test part all are scored. Each row of the table has BLEU, the
 numbers that were learned, bytes of the weights on disk (of a run, written as `qkv-jax compress
@@ -14,11 +15,13 @@ first, and each rate is the median of its turns.
 
 import dataclasses
 import functools
+import itertools
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -49,6 +52,8 @@ class Setup:
         steps: of a turn of training.
         rounds: turns of each model, after one that compiles.
         beams: of the search; None: as the run is configured.
+        kv_caches: in what keys and values are remembered while decoding: a row of the table for
+            each model and each of these.
     """
 
     run: tyro.conf.Positional[Path]
@@ -60,6 +65,7 @@ class Setup:
     steps: int = 8
     rounds: int = 5
     beams: int | None = None
+    kv_caches: tuple[Literal["float", "int8"], ...] = ("float",)
 
 
 def main(setup: Setup) -> dict[str, dict[str, float]]:
@@ -69,15 +75,16 @@ def main(setup: Setup) -> dict[str, dict[str, float]]:
     beams = setup.beams or starts[str(setup.run)].decoding.beams
     mesh = training.make_mesh()
     translators = {
-        name: Translator(
+        row_name(name, kind): Translator(
             start.model,
             start.params,
             start.tokenizer,
-            decoding=dataclasses.replace(start.decoding, beams=beams),
+            decoding=dataclasses.replace(start.decoding, beams=beams, kv_cache=kind),
             mesh=mesh,
             quantisation=start.quantisation,
         )
         for name, start in starts.items()
+        for kind in setup.kv_caches
     }
     sources = [source for source, _ in pairs[: setup.decoded]]
     decode: dict[str, Callable[[], int]] = {
@@ -87,20 +94,25 @@ def main(setup: Setup) -> dict[str, dict[str, float]]:
     train = {name: trainer(start, setup, mesh) for name, start in starts.items()}
     decoding, learning = rates(decode, setup.rounds), rates(train, setup.rounds)
     table = {}
-    for name, start in starts.items():
-        scores, _ = evaluate_run(translators[name], pairs)
-        table[name] = {
+    for (name, start), kind in itertools.product(starts.items(), setup.kv_caches):
+        row = row_name(name, kind)
+        scores, _ = evaluate_run(translators[row], pairs)
+        table[row] = {
             "BLEU": scores.bleu,
             "BLEU, lower case": scores.bleu_lower_tokenized,
             "parameters": param_count(start.model),
             "bytes on disk": on_disk(Path(name)),
             "bytes in memory": sum(x.nbytes for x in jax.tree.leaves(start.params)),
-            "bytes of the search": search_bytes(translators[name], sources),
-            "tokens/s decoding": decoding[name],
+            "bytes of the search": search_bytes(translators[row], sources),
+            "tokens/s decoding": decoding[row],
             "tokens/s training": learning[name],
         }
     show(table)
     return table
+
+
+def row_name(model: str, kind: str) -> str:
+    return model if kind == "float" else f"{model}, {kind} cache"
 
 
 def decoded_tokens(translator: Translator, sources: Sequence[str]) -> int:

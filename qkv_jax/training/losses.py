@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -12,31 +12,25 @@ from qkv_jax.ops import pin
 Array = jax.Array
 
 
-class Taught(NamedTuple):
-    """What a teacher predicts, as the factors of its logits.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Taught:
+    """What a teacher predicts, as the factors of its logits, and how much that counts.
 
     Attributes:
         states: (B, T, W) floating.
         table: (V, W) floating.
-    """
-
-    states: Array
-    table: Array
-
-
-class Teaching(NamedTuple):
-    """How much a teacher counts.
-
-    Attributes:
         weight: w in [0, 1], of its divergence; the labels' loss has 1 - w.
         temperature: T, positive; both distributions are softmax(logits / T).
     """
 
-    weight: float = 0.5
-    temperature: float = 1.0
+    states: Array
+    table: Array
+    weight: float = field(default=0.5, metadata={"static": True})
+    temperature: float = field(default=1.0, metadata={"static": True})
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 8))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def projected_cross_entropy(
     states: Array,
     table: Array,
@@ -46,7 +40,6 @@ def projected_cross_entropy(
     chunks: int = 1,
     r_drop: float = 0.0,
     taught: Taught | None = None,
-    teaching: Teaching = Teaching(),
 ) -> tuple[Array, Array, Array]:
     """Label-smoothed cross-entropy of the logits `states table^T`, summed over weighted tokens.
 
@@ -69,7 +62,6 @@ def projected_cross_entropy(
             divergences.
         taught: by a teacher: a token's smoothed loss becomes (1 - w) times it, plus
             w T^2 KL(teacher || student). None: there is no teacher.
-        teaching: w and T.
 
     Returns:
         Weighted sums, float32 scalars: the smoothed loss, the plain negative log-likelihood, and
@@ -83,22 +75,20 @@ def projected_cross_entropy(
     """
     states, table = pin(states, "batch", "length"), pin(table, "vocab", None)
     parts = (
-        _chunk(*part, table, smoothing, r_drop, teaching)[0]
+        _chunk(*part, table, smoothing, r_drop)[0]
         for part in _split(states, labels, weights, taught, chunks)
     )
     return functools.reduce(_add, parts)
 
 
-def _forward(
-    states, table, labels, weights, smoothing, chunks, r_drop, taught, teaching
-):
+def _forward(states, table, labels, weights, smoothing, chunks, r_drop, taught):
     # Put together along D: else each device would have a part of every logit's sum.
     table = pin(table, "vocab", None)
     # Whole along T for each share of V: else it is the logits that are exchanged.
     states = pin(states, "batch", "length")
     sums, slopes_states, slopes_table = [], [], []
     for part in _split(states, labels, weights, taught, chunks):
-        part_sums, slope = _chunk(*part, table, smoothing, r_drop, teaching)
+        part_sums, slope = _chunk(*part, table, smoothing, r_drop)
         sums.append(part_sums)
         slope = slope.astype(states.dtype)
         slope_part = jnp.einsum("BTV,VD->BTD", slope, table.astype(states.dtype))
@@ -118,7 +108,7 @@ def _forward(
     return functools.reduce(_add, sums), (slope_states, slope_table)
 
 
-def _backward(smoothing, chunks, r_drop, teaching, saved, cotangents):
+def _backward(smoothing, chunks, r_drop, saved, cotangents):
     slope_states, slope_table = saved
     along = cotangents[0]
     return (
@@ -133,7 +123,7 @@ def _backward(smoothing, chunks, r_drop, teaching, saved, cotangents):
 projected_cross_entropy.defvjp(_forward, _backward)
 
 
-def _chunk(states, labels, weights, taught, table, smoothing, r_drop, teaching):
+def _chunk(states, labels, weights, taught, table, smoothing, r_drop):
     """The three sums of a chunk, and the slope of the first with respect to its logits."""
     table = table.astype(states.dtype)
     logits = jnp.einsum(
@@ -152,8 +142,8 @@ def _chunk(states, labels, weights, taught, table, smoothing, r_drop, teaching):
     )
     slope = jnp.exp(logits - logsumexp[..., None]) - target
     if taught is not None:
-        apart, slope_apart = _from_teacher(logits, taught, teaching.temperature)
-        share = teaching.weight
+        apart, slope_apart = _from_teacher(logits, taught)
+        share = taught.weight
         loss = (1.0 - share) * loss + share * apart
         slope = (1.0 - share) * slope + share * slope_apart
     if r_drop:
@@ -164,11 +154,9 @@ def _chunk(states, labels, weights, taught, table, smoothing, r_drop, teaching):
     return tuple(map(jnp.sum, sums)), slope * weights[..., None]
 
 
-def _from_teacher(
-    logits: Array, taught: Taught, temperature: float
-) -> tuple[Array, Array]:
+def _from_teacher(logits: Array, taught: Taught) -> tuple[Array, Array]:
     """T^2 KL(teacher || student) of logits (B, T, V), (B, T), and its slope (B, T, V)."""
-    states, table = taught
+    states, table, temperature = taught.states, taught.table, taught.temperature
     theirs = jnp.einsum(
         "BTW,VW->BTV",
         pin(states, "batch", "length"),
@@ -215,7 +203,7 @@ def _split(
         end = min(at + size, length)
         part = None
         if taught is not None:
-            part = taught._replace(states=taught.states[:, at:end])
+            part = replace(taught, states=taught.states[:, at:end])
         yield states[:, at:end], labels[:, at:end], weights[:, at:end], part
 
 

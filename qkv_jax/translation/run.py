@@ -17,7 +17,7 @@ from qkv_jax import data, training
 from qkv_jax.compression import Quantisation, imitate
 from qkv_jax.data import BOS, EOS, EncodedPairs, Pair, SentenceTokenizer
 from qkv_jax.models import seq2seq
-from qkv_jax.training.losses import Taught, Teaching, projected_cross_entropy
+from qkv_jax.training.losses import Taught, projected_cross_entropy
 from qkv_jax.translation import card
 from qkv_jax.translation.config import TranslationConfig, languages_of
 from qkv_jax.translation.evaluate import (
@@ -192,14 +192,15 @@ def make_loss(
     graph, ids = model_graph(config), {"start": start, "eos": eos}
 
     def loss_fn(known, params, batch, rng):
-        taught, teaching = None, Teaching()
+        taught = None
         if teacher is not None and rng is not None:
-            taught, teaching = teacher.taught(known, batch, **ids), teacher.teaching
+            taught = teacher.taught(known, batch, **ids)
         twice = rng is not None and r_drop > 0.0
         if twice:
             batch = {name: _twice(array) for name, array in batch.items()}
             if taught is not None:
-                taught = taught._replace(states=_twice(taught.states))
+                states = _twice(taught.states)
+                taught = dataclasses.replace(taught, states=states)
         model = nnx.merge(graph, params)
         if quantise.weights is not None:
             imitate(model, quantise)
@@ -210,7 +211,6 @@ def make_loss(
             label_smoothing,
             r_drop=r_drop if twice else 0.0,
             taught=taught,
-            teaching=teaching,
             **ids,
         )
 
@@ -233,7 +233,6 @@ def module_loss(
     *,
     r_drop: float = 0.0,
     taught: Taught | None = None,
-    teaching: Teaching = Teaching(),
     start: int,
     eos: int,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -252,7 +251,6 @@ def module_loss(
         2 * LOSS_CHUNKS if r_drop else LOSS_CHUNKS,
         r_drop,
         taught,
-        teaching,
     )
     penalty = model.penalty() if isinstance(model, seq2seq.Model) else None
     if penalty is not None and rng is not None:

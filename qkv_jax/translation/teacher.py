@@ -10,7 +10,7 @@ from qkv_jax import data, training
 from qkv_jax.data import SentenceTokenizer
 from qkv_jax.interop import InteropError
 from qkv_jax.models import seq2seq
-from qkv_jax.training.losses import Taught, Teaching
+from qkv_jax.training.losses import Taught
 from qkv_jax.translation.config import TranslationConfig
 from qkv_jax.translation.models import ModelConfig, check_mesh, model_graph
 from qkv_jax.translation.search import shift
@@ -25,12 +25,13 @@ class Teacher(NamedTuple):
     Attributes:
         model: its configuration.
         params: its weights, which nothing changes.
-        teaching: how much it counts.
+        weight, temperature: how much it counts, see `DistillationConfig`.
     """
 
     model: ModelConfig
     params: Any
-    teaching: Teaching
+    weight: float
+    temperature: float
 
     def taught(
         self, params: Any, batch: dict[str, jax.Array], *, start: int, eos: int
@@ -45,7 +46,13 @@ class Teacher(NamedTuple):
         model = nnx.merge(model_graph(self.model), params)
         shifted, segments = decoder_inputs(batch, start=start, eos=eos)
         states = model.states(batch["source"], shifted, segments=segments)
-        return Taught(*model.projection(states))
+        states, table = model.projection(states)
+        return Taught(
+            states=states,
+            table=table,
+            weight=self.weight,
+            temperature=self.temperature,
+        )
 
 
 def decoder_inputs(
@@ -113,7 +120,7 @@ def make_teacher(
     except ValueError as error:
         raise training.RunError(f"mesh: distillation.teacher: {error}") from error
     how = config.distillation
-    return Teacher(start.model, params, Teaching(how.weight, how.temperature))
+    return Teacher(start.model, params, how.weight, how.temperature)
 
 
 def _check_fits(

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,7 @@ import optax
 import pytest
 
 from qkv_jax.training import logical_sharding, make_mesh
-from qkv_jax.training.losses import Taught, Teaching, projected_cross_entropy
+from qkv_jax.training.losses import Taught, projected_cross_entropy
 
 B, T, D, V = 8, 5, 3, 7
 RNG = np.random.default_rng(0)
@@ -43,13 +45,12 @@ def run(
     smoothing=0.0,
     chunks=1,
     r_drop=0.0,
-    teaching=Teaching(),
     taught=None,
 ):
     """Sums, and the gradients of the loss for states and table."""
 
     def loss(states, table):
-        options = (smoothing, chunks, r_drop, taught, teaching)
+        options = (smoothing, chunks, r_drop, taught)
         sums = projected_cross_entropy(states, table, labels, weights, *options)
         return sums[0], sums
 
@@ -57,7 +58,7 @@ def run(
     return sums, gradients
 
 
-jitted = jax.jit(run, static_argnums=(4, 5, 6, 7))
+jitted = jax.jit(run, static_argnums=(4, 5, 6))
 
 
 def close(got, want, tolerance=1e-5):
@@ -154,14 +155,14 @@ def test_two_passes_of_a_row_are_drawn_together(chunks):
 
 # A teacher of another width: its logits have the student's shape alone.
 TAUGHT = Taught(
-    RNG.normal(size=(B, T, 2)).astype(np.float32),
-    RNG.normal(size=(V, 2)).astype(np.float32),
+    states=RNG.normal(size=(B, T, 2)).astype(np.float32),
+    table=RNG.normal(size=(V, 2)).astype(np.float32),
 )
 
 
-def taught_oracle(teaching, smoothing):
+def taught_oracle(w, heat, smoothing):
     """(1 - w) labels + w T^2 KL(teacher || student), token by token, float64 numpy."""
-    (w, heat), states, table = teaching, STATES.astype(float), TABLE.astype(float)
+    states, table = STATES.astype(float), TABLE.astype(float)
     (loss, *others), slopes = oracle(*BATCH, smoothing)
     loss, slopes = (1 - w) * loss, [(1 - w) * slope for slope in slopes]
     for at in np.ndindex(LABELS.shape):
@@ -176,28 +177,30 @@ def taught_oracle(teaching, smoothing):
 
 
 @pytest.mark.parametrize("chunks", [1, 3])
-@pytest.mark.parametrize("teaching", [(0.3, 1.0), (0.3, 2.5), (1.0, 0.7)])
-def test_a_teacher_draws_the_student_to_it_as_weighted_and_softened(teaching, chunks):
-    teaching = Teaching(*teaching)
-    sums, gradients = jitted(*BATCH, 0.1, chunks, 0.0, teaching, TAUGHT)
-    truth = taught_oracle(teaching, 0.1)
+@pytest.mark.parametrize(("w", "heat"), [(0.3, 1.0), (0.3, 2.5), (1.0, 0.7)])
+def test_a_teacher_draws_the_student_to_it_as_weighted_and_softened(w, heat, chunks):
+    taught = dataclasses.replace(TAUGHT, weight=w, temperature=heat)
+    sums, gradients = jitted(*BATCH, 0.1, chunks, 0.0, taught)
+    truth = taught_oracle(w, heat, 0.1)
     close(list(sums), truth[0])
     close(gradients, truth[1])
 
 
 def test_a_student_that_predicts_as_its_teacher_is_not_drawn_anywhere():
-    same, whole = Taught(STATES, TABLE), Teaching(weight=1.0, temperature=3.0)
-    (loss, *_), gradients = jitted(*BATCH, 0.1, 1, 0.0, whole, same)
+    same = Taught(states=STATES, table=TABLE, weight=1.0, temperature=3.0)
+    (loss, *_), gradients = jitted(*BATCH, 0.1, 1, 0.0, same)
     close((loss, *gradients), (0.0, np.zeros_like(STATES), np.zeros_like(TABLE)), 1e-4)
 
 
 def test_a_teacher_and_two_dropouts_add_up():
     batch = (*BATCH[:2], *(np.repeat(x[::2], 2, axis=0) for x in BATCH[2:]))
-    taught = TAUGHT._replace(states=np.repeat(TAUGHT.states[::2], 2, axis=0))
+    taught = dataclasses.replace(
+        TAUGHT, states=np.repeat(TAUGHT.states[::2], 2, axis=0)
+    )
     options, plain = (0.1, 2), jitted(*batch, 0.1, 2)
     drawn = jitted(*batch, *options, 3.0)
-    half = jitted(*batch, *options, 0.0, Teaching(), taught)
-    both = jitted(*batch, *options, 3.0, Teaching(), taught)
+    half = jitted(*batch, *options, 0.0, taught)
+    both = jitted(*batch, *options, 3.0, taught)
     close(both, jax.tree.map(lambda x, y, z: x + y - z, drawn, half, plain))
 
 

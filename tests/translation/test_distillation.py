@@ -11,7 +11,6 @@ from flax import nnx
 from qkv_jax import training
 from qkv_jax.models import seq2seq
 from qkv_jax.training import MeshConfig, OptimizerConfig, Outcome, RunError, make_mesh
-from qkv_jax.training.losses import Teaching
 from qkv_jax.translation import DistillationConfig, load_run, read_run
 from qkv_jax.translation.models import init_params, model_graph, new_model
 from qkv_jax.translation.run import make_loss
@@ -27,7 +26,7 @@ STUDENT = seq2seq.Config(d_model=16, d_ff=24, heads=2, dropout=0.0, **SIZES)
 def teacher(weight=0.5, temperature=1.0, params=None):
     if params is None:
         params = jax.tree.map(lambda x: 2 * x, init_params(TEACHER, seed=1))
-    return Teacher(TEACHER, params, Teaching(weight, temperature))
+    return Teacher(TEACHER, params, weight, temperature)
 
 
 def of_logits(model, rows):

@@ -16,7 +16,7 @@ from tests.translation import toy
 
 B, S, STEPS = 4, 12, 20
 CONFIG = seq2seq.Config(
-    vocabulary=32, d_model=64, d_ff=64, heads=2, encoder_layers=1, decoder_layers=2
+    vocabulary=32, d_model=64, d_ff=64, heads=2, encoder_layers=1, decoder_layers=1
 )
 IDS = search.Ids(start=1, eos=2, pad=0, never=(0, 1))
 SEARCHES = {
@@ -47,31 +47,27 @@ def options(**decoding):
     }
 
 
+@jax.jit
+def float_log_probs(tokens):
+    """What the model gives to tokens (B, Z, T) at once, without a cache: (B, Z)."""
+    graph, params = graph_and_params()
+    rows = tokens.reshape(-1, STEPS)
+    sources = jnp.repeat(source(), tokens.shape[1], axis=0)
+    logits = nnx.merge(graph, params)(sources, search.shift(rows, IDS.start))
+    log_probs = jax.nn.log_softmax(logits)
+    each = jnp.take_along_axis(log_probs, rows[..., None], axis=-1)[..., 0]
+    return jnp.where(rows != IDS.pad, each, 0.0).sum(-1).reshape(tokens.shape[:2])
+
+
 @pytest.mark.parametrize("name", SEARCHES)
 def test_what_is_found_is_scored_about_as_floats_score_it(name):
     """After all reorderings: a scale that is left behind would be another token's."""
     given, static = options(**SEARCHES[name], kv_cache="int8")
     found = search.search(*given, **static)
-    graph, params = graph_and_params()
-
-    @jax.jit
-    def log_probs(tokens):
-        rows = tokens.reshape(-1, STEPS)
-        logits = nnx.merge(graph, params)(
-            jnp.repeat(source(), tokens.shape[1], axis=0), search.shift(rows, 1)
-        )
-        each = jnp.take_along_axis(
-            jax.nn.log_softmax(logits), rows[..., None], axis=-1
-        )[..., 0]
-        return jnp.where(rows != 0, each, 0.0).sum(-1).reshape(tokens.shape[:2])
-
-    wanted = np.asarray(log_probs(found.tokens))
-    made = np.asarray(found.log_probs)
-    assert np.all(np.isfinite(made))
-    np.testing.assert_allclose(made, wanted, atol=0.25, rtol=0.01)
-    exact = search.search(*given, **options(**SEARCHES[name])[1])
-    same = np.asarray(exact.tokens) == np.asarray(found.tokens)
-    assert not np.array_equal(made, exact.log_probs) and same.mean() > 0.4
+    wanted = float_log_probs(found.tokens)
+    assert found.tokens.shape == (B, 1 if name == "greedy" else 3, STEPS)
+    np.testing.assert_allclose(found.log_probs, wanted, atol=0.05, rtol=5e-3)
+    assert np.abs(found.log_probs - wanted).max() > 1e-4  # The numbers are others.
 
 
 def held(dtype):
@@ -101,7 +97,7 @@ def test_keys_and_values_take_a_little_more_than_a_quarter_of_the_bytes():
 def test_the_compiled_search_takes_less_memory():
     @functools.cache
     def taken(kind):
-        (params, rows, *rest), static = options(beams=4, kv_cache=kind)
+        (params, rows, *_), static = options(beams=4, kv_cache=kind)
         rows = np.tile(rows, (8, 8))
         given = (params, rows, None, None, None, None)
         static["longest"] = 150
