@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -125,7 +125,10 @@ def trainer(start: Start, setup: Setup, mesh: jax.sharding.Mesh) -> Callable[[],
     """A turn of training, on tokens that are drawn: their number is what it costs."""
     how = start.quantisation
     start = start.in_float()
-    ids = {"start": start.tokenizer.start, "eos": start.tokenizer.eos}
+    ids: dict[str, Any] = {
+        "start": start.tokenizer.start,
+        "eos": start.tokenizer.eos,
+    }
     loss_fn = make_loss(start.model, 0.1, quantise=how, **ids)
     optimizer = training.make_optimizer(
         training.OptimizerConfig(peak_lr=1e-5, warmup_steps=1), steps=10**6

@@ -95,6 +95,7 @@ SLOW = [
     ("translation/test_compress.py", "test_a_pruned_model_is_trained_on"),
     ("translation/test_compress.py", "test_a_quantised_model_is_exported_and"),
     ("translation/test_compress.py", "test_a_run_that_is_trained_to_be_rounded"),
+    ("translation/test_distillation.py", "test_a_mesh_shares_out_teacher"),
     ("translation/test_distributed.py", "test_two_processes_go_on"),
     ("translation/test_exchange.py", "keeps_its_tokeniser[run]"),
     ("translation/test_exchange.py", "test_a_resumed_run_starts"),

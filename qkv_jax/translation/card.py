@@ -17,7 +17,9 @@ def summary(config: TranslationConfig) -> str:
     source, target = (name or "several languages" for name in languages_of(config.data))
     start = config.init_from
     begun = "" if start is None else f", begun from `{start}`"
-    return f"Translates from {source} into {target}; trained by qkv-jax{begun}."
+    teacher = config.distillation.teacher
+    taught = "" if teacher is None else f", taught by `{teacher}`"
+    return f"Translates from {source} into {target}; trained by qkv-jax{begun}{taught}."
 
 
 def front(config: TranslationConfig) -> dict:
@@ -99,9 +101,12 @@ def limits(
         "split": "translated in parts",
         "refuse": "left empty",
     }[decoding.overlong]
+    learned = f"{len(corpus.train):,} pairs, the training part below"
+    if text.distilled is not None:
+        learned = "what a teacher made of sources, the distilled part below"
     kind = (
-        f"It learned from {len(corpus.train):,} pairs, the training part below, and knows the kind "
-        "of text that they are; on other kinds it was not tested."
+        f"It learned from {learned}, and knows the kind of text that they are; on other kinds it "
+        "was not tested."
     )
     length = (
         f"It learned from sentences of at most {text.max_source} subwords. Sources of more than "
@@ -148,7 +153,7 @@ def material(
     text = config.text
     for name, file in (
         ("back-translated", text.back_translated),
-        ("distilled, in place of training", text.distilled),
+        ("distilled", text.distilled),
     ):
         if file is not None:
             parts[name] = read_pairs(file)

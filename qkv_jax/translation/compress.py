@@ -102,7 +102,10 @@ def prune_model(
     config: Any = start.model
     _check_prunable(config, what, model)
     batches = _batches(start, (_pairs(model) if pairs is None else pairs)[:SENTENCES])
-    ids = {"start": start.tokenizer.start, "eos": start.tokenizer.eos}
+    ids: dict[str, Any] = {
+        "start": start.tokenizer.start,
+        "eos": start.tokenizer.eos,
+    }
 
     def loss(module: Any, batch: Any) -> jax.Array:
         return module_loss(module, batch, None, 0.0, **ids)[0]

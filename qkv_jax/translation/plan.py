@@ -26,9 +26,14 @@ def plan_run(config: TranslationConfig) -> Plan:
         config: of the run.
 
     Raises:
-        RunError: the mesh does not fit the devices or the model.
+        RunError: the mesh does not fit the devices or the model; the run has a teacher.
     """
     text = config.text
+    if config.distillation.teacher is not None:
+        raise training.RunError(
+            "plan does not count a teacher's weights and forward pass: leave out "
+            "--distillation.teacher, and add them"
+        )
     start = started(config)
     model = dataclasses.replace(config.model, vocabulary=text.vocabulary, pad=PAD)
     model = model if start is None else start.model

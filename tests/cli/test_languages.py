@@ -62,6 +62,40 @@ def test_made_pairs_train_another_run(trained, corpus, tmp_path, ask, capfd):
     assert "back-translated: 4 pairs" in capfd.readouterr().err
 
 
+def test_a_teachers_translations_train_a_student(
+    trained, corpus, tmp_path, ask, fail, capfd, monkeypatch
+):
+    from qkv_jax.data import read_pairs
+    from qkv_jax.translation import load_run, resumable
+
+    monkeypatch.setattr(resumable, "SENTENCES", 64)
+    made, part = tmp_path / "made.tsv", tmp_path / "made.tsv.part"
+    call = ["distil", trained, "--output", made]
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # After the first part of the text.
+        patch.setattr("os.fsync", stop)
+        assert main(list(map(str, call))) == 130
+    assert not made.exists() and len(part.read_text().splitlines()) == 1 + 64
+    with part.open("a") as file:
+        file.write('["half a li')
+    other = fail(*call, "--beams", "1")
+    assert "was begun by another model, with other options or of other text" in other
+    capfd.readouterr()
+    ask(*call)
+    pairs = read_pairs(made)
+    sources = list(dict.fromkeys((corpus / "train.en").read_text().splitlines()))
+    found = [best[0].text for best in load_run(trained)(sources)]
+    assert pairs == [pair for pair in zip(sources, found) if pair[1]]
+    assert not part.exists()
+    assert "is there already, and is left as it is" in fail(*call)
+    more = ["--text.distilled", str(made), "--text.vocabulary", "280"]
+    assert main(train(corpus, tmp_path / "student", *more)) == 0
+    assert f"distilled: {len(pairs)} pairs" in capfd.readouterr().err
+
+
 def test_pairs_cannot_be_made_of_nothing(trained, tmp_path, fail):
     text = tmp_path / "mono.de"
     text.write_text("\n")
@@ -70,3 +104,5 @@ def test_pairs_cannot_be_made_of_nothing(trained, tmp_path, fail):
     assert "holds no sentences" in said
     said = fail("back-translate", trained, *options, tmp_path / "made.txt")
     assert "must end in .tsv" in said
+    said = fail("distil", trained, "--output", tmp_path / "no" / "made.tsv")
+    assert "which is no directory" in said

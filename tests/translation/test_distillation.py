@@ -7,12 +7,14 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.tree_util import Partial
 
 from qkv_jax import training
 from qkv_jax.models import seq2seq
 from qkv_jax.training import MeshConfig, OptimizerConfig, Outcome, RunError, make_mesh
 from qkv_jax.translation import DistillationConfig, load_run, read_run
 from qkv_jax.translation.models import init_params, model_graph, new_model
+from qkv_jax.translation.plan import plan_run
 from qkv_jax.translation.run import make_loss
 from qkv_jax.translation.teacher import Teacher
 from tests.translation import toy
@@ -93,16 +95,16 @@ def test_the_teacher_is_an_argument_of_the_program_and_evaluation_does_without()
 
     def program(rng, teacher):
         loss = make_loss(STUDENT, 0.1, teacher=teacher)
-        return jax.make_jaxpr(lambda f, x: f(x, batch(), rng))(
-            jax.tree_util.Partial(loss), params
-        )
+        held = loss if teacher is not None else Partial(loss)
+        return jax.make_jaxpr(lambda f, x: f(x, batch(), rng))(held, params)
 
     plain, taught = program(rng, None), program(rng, teacher())
     more = len(taught.jaxpr.invars) - len(plain.jaxpr.invars)
     assert more == len(jax.tree.leaves(teacher().params))
     assert len(taught.consts) <= len(plain.consts)
-    unused = program(None, teacher()).jaxpr
-    assert len(unused.eqns) == len(program(None, None).jaxpr.eqns)
+    assert len(taught.jaxpr.eqns) > 1.3 * len(plain.jaxpr.eqns)
+    without = program(None, teacher()).jaxpr
+    assert len(without.eqns) == len(program(None, None).jaxpr.eqns)
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +176,11 @@ def test_words_are_compared_of_one_tokeniser(finished, taught, corpus, tmp_path)
     config = config_of(corpus, taught, init_from=str(tmp_path / "other"))
     with pytest.raises(RunError, match="another tokeniser than .*qkv-jax distil"):
         config.task(make_mesh())
+
+
+def test_a_plan_does_not_leave_a_teacher_out_silently(corpus, tmp_path):
+    with pytest.raises(RunError, match="plan does not count a teacher"):
+        plan_run(config_of(corpus, tmp_path))
 
 
 @pytest.mark.parametrize(
