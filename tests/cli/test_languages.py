@@ -1,5 +1,7 @@
 """One run for several languages, and training pairs made from text in one language."""
 
+import dataclasses
+
 import pytest
 
 from qkv_jax.cli import main
@@ -67,6 +69,7 @@ def test_a_teachers_translations_train_a_student(
 ):
     from qkv_jax.data import read_pairs
     from qkv_jax.translation import load_run, resumable
+    from qkv_jax.translation.run import prepare
 
     monkeypatch.setattr(resumable, "SENTENCES", 64)
     made, part = tmp_path / "made.tsv", tmp_path / "made.tsv.part"
@@ -91,9 +94,11 @@ def test_a_teachers_translations_train_a_student(
     assert pairs == [pair for pair in zip(sources, found) if pair[1]]
     assert not part.exists()
     assert "is there already, and is left as it is" in fail(*call)
-    more = ["--text.distilled", str(made), "--text.vocabulary", "280"]
-    assert main(train(corpus, tmp_path / "student", *more)) == 0
-    assert f"distilled: {len(pairs)} pairs" in capfd.readouterr().err
+    student = toy.make_config(corpus, tmp_path / "student")
+    text = dataclasses.replace(student.text, distilled=made)
+    report = prepare(dataclasses.replace(student, text=text)).report
+    assert f"distilled: {len(pairs)} pairs" in report
+    assert f"parts: {len(pairs)} training, 8 validation, 12 test" in report
 
 
 def test_pairs_cannot_be_made_of_nothing(trained, tmp_path, fail):
