@@ -18,7 +18,7 @@ from qkv_jax.training import OptimizerConfig, TrainingConfig
 
 CONFIG = TaskConfig(
     data=IdxImages(directory=Path("fashion_mnist"), names=FASHION),
-    model=resnet.Config(widths=(48, 96), augmentation=PixelChanges(flip=True, shift=2)),
+    model=resnet.Config(widths=(48, 96), augmentation=PixelChanges(flip=True, shift=1)),
     batch_rows=128,
     eval_rows=500,
     optimizer=OptimizerConfig(
@@ -30,9 +30,9 @@ CONFIG = TaskConfig(
         clip_norm=1.0,
     ),
     training=TrainingConfig(
-        steps=3000,
-        evaluate_every=500,
-        checkpoint_every=500,
+        steps=6000,
+        evaluate_every=1000,
+        checkpoint_every=1000,
         metric="accuracy",
         mode="max",
         keep=2,
