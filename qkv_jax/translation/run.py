@@ -1,7 +1,6 @@
 """A whole run: text in, a trained, evaluated model on disk out; and back from disk."""
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from qkv_jax import data, training
-from qkv_jax.compression import Quantisation, imitate
+from qkv_jax.compression import GateConfig, Quantisation, apply_gates, imitate
 from qkv_jax.data import BOS, EOS, EncodedPairs, Pair, SentenceTokenizer
 from qkv_jax.models import seq2seq
 from qkv_jax.training.losses import projected_cross_entropy
@@ -28,8 +27,11 @@ from qkv_jax.translation.evaluate import (
 )
 from qkv_jax.translation.models import (
     FLOAT,
+    UNGATED,
     ModelConfig,
     check_mesh,
+    folded_params,
+    gated_params,
     init_params,
     model_graph,
     quantised_params,
@@ -39,11 +41,12 @@ from qkv_jax.translation.start import (
     TOKENIZER,
     Checkpoint,
     Start,
+    check_prunable,
     load_translator,
     read_run,
     save_start,
-    started,
 )
+from qkv_jax.translation.tickets import begun
 from qkv_jax.translation.translator import Translator
 
 LOSS_CHUNKS = 4
@@ -166,6 +169,7 @@ def make_loss(
     start: int = BOS,
     eos: int = EOS,
     quantise: Quantisation = FLOAT,
+    gates: GateConfig = UNGATED,
 ) -> training.step.LossFn:
     """The loss of `training.train` for this model: sums over the real target tokens.
 
@@ -176,8 +180,10 @@ def make_loss(
             twice, and sums are means of both.
         start, eos: ids that targets start from and end with.
         quantise: what the model is rounded to.
+        gates: of its heads, whose parameters are then among those of the loss; its sums have
+            "gates_sum", the number of open gates a token, and in training loss their penalty.
     """
-    graph = model_graph(config)
+    graph = model_graph(config, gates=gates)
 
     def loss_fn(params, batch, rng):
         twice = rng is not None and r_drop > 0.0
@@ -186,7 +192,10 @@ def make_loss(
         model = nnx.merge(graph, params)
         if quantise.weights is not None:
             imitate(model, quantise)
-        return module_loss(
+        opened = None
+        if gates.on:
+            opened = apply_gates(model, gates, len(batch["source"]), rng)
+        loss, sums = module_loss(
             model,
             batch,
             rng,
@@ -195,6 +204,12 @@ def make_loss(
             start=start,
             eos=eos,
         )
+        if opened is None:
+            return loss, sums
+        opened = sums["tokens"] * opened
+        if rng is not None and gates.penalty:
+            loss = loss + gates.penalty * opened
+        return loss, sums | {"loss_sum": loss, "gates_sum": opened}
 
     return loss_fn
 
@@ -249,7 +264,7 @@ def make_task(config: TranslationConfig, mesh: jax.sharding.Mesh) -> training.Ta
         RunError: the mesh does not fit the model.
     """
     multiple = training.batch_shares(mesh) * config.training.accumulate
-    start, share = started(config), training.row_share(mesh)
+    (start, masks), share = begun(config), training.row_share(mesh)
     prepared = prepare(
         config,
         tokenizer=None if start is None else start.tokenizer,
@@ -267,21 +282,30 @@ def make_task(config: TranslationConfig, mesh: jax.sharding.Mesh) -> training.Ta
         check_mesh(model, mesh.shape)
     except ValueError as error:
         raise training.RunError(f"mesh: {error}") from error
+    if config.gates.on:
+        check_prunable(model, config.init_from or "the model", heads=True)
 
     def save(directory: Path) -> None:
         tokenizer.save(directory / TOKENIZER)
         if start is not None:
             save_start(start._replace(model=model), directory)
 
-    make_params = functools.partial(init_params, model, seed=config.training.seed)
+    def make_params() -> Any:
+        made = init_params(model, seed=config.training.seed)
+        return gated_params(model, made, config.gates)
+
     has_valid = len(prepared.valid.source) > 0
     return training.Task(
-        params=make_params if start is None else start.params,
+        params=make_params
+        if start is None
+        else gated_params(model, start.params, config.gates),
         loss_fn=_loss(config, model, tokenizer),
         iterator=data.train_iterator(prepared.stream),
         share=share,
         evaluate=_validation(config, model, prepared, mesh) if has_valid else None,
         finetune=config.finetune,
+        sparsity=config.sparsity if config.sparsity.on else None,
+        masks=masks,
         report=prepared.report,
         identity={
             "tokenizer": tokenizer.digest,
@@ -401,6 +425,7 @@ def _loss(
         start=tokenizer.start,
         eos=tokenizer.eos,
         quantise=config.quantise,
+        gates=config.gates,
     )
 
 
@@ -435,9 +460,10 @@ def _validation(
         )
         del means["tokens"]
         if shown:
+            ungated = folded_params(model, params, config.gates)
             translator = Translator(
                 model,
-                quantised_params(model, params, config.quantise),
+                quantised_params(model, ungated, config.quantise),
                 prepared.tokenizer,
                 decoding=greedy,
                 mesh=mesh,
