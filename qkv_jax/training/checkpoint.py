@@ -1,11 +1,11 @@
 """Checkpoints of a run: everything it needs to go on, kept by orbax under run/checkpoints/<step>/.
 
 A checkpoint has the items `params`, `ema` and `masks` (where the run has them), `training` (step,
-optimizer state, rng) and `progress` (JSON: data position, best metric, and the like). Arrays are saved
-under their dotted names, so that none of the pytree classes is needed to read them. `files.json`
-lists the size of every file, so that one that was cut short is named before orbax meets it.
-Parameters that are not trained are the same in all checkpoints, and are kept once, before the
-first of them is begun, as run/checkpoints/constant/params/.
+optimizer state, rng) and `progress` (JSON: data position, best metric, and the like). Arrays are
+saved under their dotted names, so that none of the pytree classes is needed to read them.
+`files.json` lists the size of every file, so that one that was cut short is named before orbax
+meets it. Parameters that are not trained are the same in all checkpoints, and are kept once, before
+the first of them is begun, as run/checkpoints/constant/params/.
 """
 
 import functools

@@ -17,6 +17,7 @@ from qkv_jax.training.adapters import (
     map_params,
     matching_names,
     param_names,
+    split_params,
 )
 
 Array = jax.Array
@@ -145,6 +146,16 @@ def new_masks(params: Any, sparsity: SparsityConfig) -> Masks:
     """
     chosen = matching_names("parameters", sparsity.parameters, param_names(params))
     return masks_like(params, chosen)
+
+
+def check_masks(
+    params: Any, finetune: FinetuneConfig | None, sparsity: SparsityConfig | None
+) -> None:
+    """Raises ValueError where new_masks would, of arrays or ShapeDtypeStructs; makes nothing."""
+    if sparsity is not None and sparsity.final is not None:
+        jax.eval_shape(
+            lambda x: new_masks(split_params(x, finetune)[0], sparsity), params
+        )
 
 
 def masks_like(params: Any, names: Any) -> Masks:

@@ -36,7 +36,7 @@ from qkv_jax.training.model_card import (
 from qkv_jax.training.optimizers import OptimizerConfig
 from qkv_jax.training.runs import RunConfig, finish_run, locked, open_run, write_text
 from qkv_jax.training.sharding import MeshConfig, make_mesh, state_shardings
-from qkv_jax.training.sparsity import Masks, SparsityConfig
+from qkv_jax.training.sparsity import Masks, SparsityConfig, check_masks
 from qkv_jax.training.step import LossFn
 from qkv_jax.training.stopping import saved_at
 
@@ -183,6 +183,10 @@ def _train_task(
         counts = count_params(shapes, task.finetune)
     except ValueError as error:
         raise RunError(f"finetune: {error}") from error
+    try:
+        check_masks(shapes, task.finetune, task.sparsity)
+    except ValueError as error:
+        raise RunError(f"sparsity: {error}") from error
     if task.data is not None:
         check_same(*task.data)
 

@@ -1,12 +1,14 @@
 """Runs whose heads close and whose weights become 0."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qkv_jax.cli import main
 from qkv_jax.compression import GateConfig, Pruning, Quantisation
 from qkv_jax.layers import AttentionKind
 from qkv_jax.models import recurrent, seq2seq
@@ -20,9 +22,11 @@ from qkv_jax.training import (
 )
 from qkv_jax.translation import load_translator
 from qkv_jax.translation.compress import compress_model, kept_heads, prune_model
+from qkv_jax.translation.draw import draw_kept
 from qkv_jax.translation.models import gated_params
 from qkv_jax.translation.run import make_loss
 from qkv_jax.translation.start import load_start
+from qkv_jax.translation.tickets import begun
 from tests.translation import toy
 
 PAIRS = [("one two three", "three two one"), ("nine", "nine")]
@@ -88,7 +92,7 @@ def sparse(finished, corpus, tmp_path_factory):
     config = toy.make_config(
         corpus, directory, init_from=str(finished), sparsity=SPARSE
     )
-    training = TrainingConfig(steps=5, keep=9, checkpoint_every=1, evaluate_every=1)
+    training = TrainingConfig(steps=5, keep=9, checkpoint_every=1, evaluate_every=9)
     toy.run(dataclasses.replace(config, training=training))
     return directory
 
@@ -115,8 +119,6 @@ def test_a_ticket_has_early_weights_and_the_last_mask(
         init_from=str(sparse),
         sparsity=SparsityConfig(rewind=step),
     )
-    from qkv_jax.translation.tickets import begun
-
     start, _ = begun(config)
     early = kernels(sparse, checkpoint=step) if step else kernels(finished)
     last, begins = kernels(sparse), flatten(start.params)
@@ -138,6 +140,16 @@ def test_a_ticket_that_cannot_be_is_refused(finished, sparse, corpus, tmp_path):
         run(sparse, 77)
     with pytest.raises(RunError, match="train it with --sparsity.final first"):
         run(finished, 2)
+    assert not (tmp_path / "no").exists()
+
+
+def test_patterns_are_refused_before_anything_is_written(finished, corpus, tmp_path):
+    how = dataclasses.replace(SPARSE, parameters=("*.kernl",))
+    config = toy.make_config(
+        corpus, tmp_path / "no", init_from=str(finished), sparsity=how
+    )
+    with pytest.raises(RunError, match="sparsity: parameters has the pattern"):
+        toy.run(config)
     assert not (tmp_path / "no").exists()
 
 
@@ -182,4 +194,18 @@ def test_gates_are_refused_where_heads_cannot_go(corpus, tmp_path):
         config = toy.make_config(corpus, tmp_path / "no", model=model, gates=CLOSING)
         with pytest.raises(RunError, match=message):
             toy.run(config)
+    assert not (tmp_path / "no").exists()
+
+
+def test_heads_that_stayed_are_drawn(tmp_path, capsys):
+    heads = {"encoder.0.attention": {"values": [0.1, 0.9], "kept": [1]}}
+    content = {"measure": "importance", "heads": heads}
+    (tmp_path / "pruned.json").write_text(json.dumps(content), "utf-8")
+    figure = draw_kept(*kept_heads(tmp_path), tmp_path / "again.png")
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts == ["0.10", "0.90\nkept"]
+    assert main(["plot", str(tmp_path), "--what", "kept"]) == 0
+    assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["plot", str(tmp_path / "no"), "--what", "kept"]) == 2
+    assert "name a directory that `qkv-jax prune` wrote" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
