@@ -172,7 +172,9 @@ class Lab:
     def gated(self, penalty: float) -> None:
         """Gates are trained, and the heads that they close removed."""
         name = f"gates-{penalty}"
-        gates = GateConfig(penalty=penalty)
+        # So fast that a logit may move by 20 in these few updates.
+        speed = 40.0 / (self.setup.steps * self.setup.peak_lr)
+        gates = GateConfig(penalty=penalty, speed=speed)
         self.tuned(f"{name}-training", self.setup.run, kind="gates' run", gates=gates)
         out = self.setup.folder / name
         try:

@@ -72,7 +72,10 @@ def create_state(
             and new_masks.
     """
     create = _creator(params, optimizer, seed, rng_impl, ema, finetune, sparsity)
-    given = (None if callable(params) else place_state(params, mesh), masks)
+    given = (
+        None if callable(params) else place_state(params, mesh),
+        None if masks is None else place_state(masks, mesh),
+    )
     places = state_shardings(jax.eval_shape(create, given), mesh)
     return jax.jit(create, out_shardings=places)(given)
 
