@@ -67,7 +67,7 @@ class Setup:
     penalties: tuple[float, ...] = (0.02, 0.06)
     zeros: tuple[float, ...] = (0.5, 0.8)
     steps: int = 150
-    peak_lr: float = 2e-3
+    peak_lr: float = 5e-4
     rounds: int = 5
     decoded: int = 128
 
