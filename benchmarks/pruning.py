@@ -54,7 +54,7 @@ class Setup:
         heads, units: shares that are removed.
         penalties: of learned gates.
         zeros: shares of weights that become 0.
-        steps: updates of each fine-tuning.
+        steps: updates of each fine-tuning; 0: none more than numbers.json has already.
         peak_lr: of these.
         rounds: turns of each model, for its speed; 0: it is not measured.
         decoded: sentences of a turn.
@@ -134,9 +134,19 @@ class Lab:
             "units left": config.d_ff / of.d_ff,  # type: ignore[union-attr]
         }
 
-    def tuned(self, name: str, model: Path, *, kind: str, **changes: Any) -> None:
+    def tuned(
+        self,
+        name: str,
+        model: Path,
+        *,
+        kind: str,
+        about: dict[str, Any] | None = None,
+        **changes: Any,
+    ) -> None:
         """BLEU of a model that is trained on."""
         directory, steps = self.setup.folder / name, self.setup.steps
+        if name in self.numbers or not steps:
+            return
         config = dataclasses.replace(
             self.config,
             init_from=str(model),
@@ -156,10 +166,9 @@ class Lab:
         )
         if not is_finished(directory):
             train_task(config)
-        if name not in self.numbers:
-            result = read_result(directory) or {}
-            sizes = self.sizes(load_start(directory))
-            self.note(name, bleu=result["test"]["bleu"], kind=kind, **sizes)
+        result = read_result(directory) or {}
+        found = self.sizes(load_start(directory)) | (about or {})
+        self.note(name, bleu=result["test"]["bleu"], kind=kind, **found)
 
     def pruned(self, kind: str, share: float, what: Pruning) -> None:
         name = f"{kind}-{share}"
@@ -172,6 +181,8 @@ class Lab:
     def gated(self, penalty: float) -> None:
         """Gates are trained, and the heads that they close removed."""
         name = f"gates-{penalty}"
+        if not self.setup.steps:
+            return
         # So fast that a logit may move by 20 in these few updates.
         speed = 40.0 / (self.setup.steps * self.setup.peak_lr)
         gates = GateConfig(penalty=penalty, speed=speed)
@@ -203,8 +214,8 @@ class Lab:
         end = max(1, steps * 3 // 4)
         every = max(n for n in range(1, min(10, end) + 1) if end % n == 0)
         how = SparsityConfig(final=share, end=end, every=every)
-        self.tuned(f"{name}-tuned", self.setup.run, kind="zeros, tuned", sparsity=how)
-        self.note(f"{name}-tuned", **left)
+        kind = "zeros, tuned"
+        self.tuned(f"{name}-tuned", self.setup.run, kind=kind, about=left, sparsity=how)
 
     def timed(self) -> None:
         """Speed beside the untouched model, in decoding and in training."""
