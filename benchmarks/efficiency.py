@@ -125,11 +125,13 @@ def trainer(start: Start, setup: Setup, mesh: jax.sharding.Mesh) -> Callable[[],
     """A turn of training, on tokens that are drawn: their number is what it costs."""
     how = start.quantisation
     start = start.in_float()
-    ids: dict[str, Any] = {
-        "start": start.tokenizer.start,
-        "eos": start.tokenizer.eos,
-    }
-    loss_fn = make_loss(start.model, 0.1, quantise=how, **ids)
+    loss_fn = make_loss(
+        start.model,
+        0.1,
+        start=start.tokenizer.start,
+        eos=start.tokenizer.eos,
+        quantise=how,
+    )
     optimizer = training.make_optimizer(
         training.OptimizerConfig(peak_lr=1e-5, warmup_steps=1), steps=10**6
     )

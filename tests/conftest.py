@@ -103,6 +103,8 @@ SLOW = [
     ("translation/test_mesh.py", "test_a_mesh_of_explicit_axes"),
     ("translation/test_mesh.py", "test_lengths_are_shared_out_by_config_alone[zigzag]"),
     ("translation/test_mesh.py", "[2x2x2]"),
+    ("translation/test_sparse.py", "test_heads_that_training_closes"),
+    ("translation/test_sparse.py", "test_a_ticket_has_early_weights", "[2]"),
     ("translation/test_plan.py", "test_devices_that_share_out_the_model"),
     ("translation/test_plan.py", "test_plan_prints_tables"),
 ]

@@ -46,6 +46,7 @@ class Prune:
         out: new directory.
         heads: share of all attention heads that is removed, the least important first.
         even_heads: each layer loses the same share (CTranslate2 and transformers need that).
+        gates: in the place of a share: the heads that training with --gates.penalty has closed.
         feed_forward: share of the units of each feed-forward layer that is removed.
         encoder_layers, decoder_layers: how many layers stay, those whose absence costs most.
         source, reference: files of sentences to measure importance on; default the run's
@@ -59,6 +60,7 @@ class Prune:
     out: tyro.conf.Positional[Path]
     heads: float = 0.0
     even_heads: bool = False
+    gates: bool = False
     feed_forward: float = 0.0
     encoder_layers: int | None = None
     decoder_layers: int | None = None

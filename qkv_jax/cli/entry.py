@@ -24,8 +24,8 @@ USAGE = f"""usage: {PROGRAM} COMMAND ...
   distil MODEL [OPTIONS]         training pairs from what a teacher makes of training sources
   score MODEL [OPTIONS]          log-probabilities that a model gives to translations
   align MODEL [OPTIONS]          word alignments of given translations, and their error rate
-  plot MODEL [OPTIONS]           draw curves, attention, alignment, heads, spans, embeddings, or a
-                                 page of every head (--what)
+  plot MODEL [OPTIONS]           draw curves, attention, alignment, heads, those kept by pruning,
+                                 spans, embeddings, or a page of every head (--what)
   plan FILE [OPTIONS]            memory, traffic and time of a step on a mesh, before it is rented
   import MODEL OUT               check and convert a published model: Marian (OPUS-MT), M2M100,
                                  NLLB, BART, mBART, Pegasus, T5, mT5, Flan

@@ -12,6 +12,8 @@ from qkv_jax.cli.parsing import PROGRAM, UsageError, nearest, parse, write_lines
 
 OF_A_SENTENCE = {"attention", "alignment", "page"}
 OF_HEADS = {"heads", "spans"}
+# Drawn from what lies beside a model, which is not loaded.
+OF_FILES = {"curves", "kept"}
 CROSS = "cross-attention layer"
 
 
@@ -30,8 +32,10 @@ def plot(arguments: list[str]) -> None:
         raise UsageError(f"{options.model} does not translate: it has --what curves")
     output = options.output or options.model
     drawn = []
-    if what - {"curves"}:
+    if what - OF_FILES:
         drawn = _draw(options, what, output)
+    if "kept" in what:
+        drawn.append(_kept(options.model, output))
     if "curves" in what:
         _curves(options.model, _directory(output))
         drawn.insert(0, "curves.png")
@@ -68,8 +72,17 @@ def _curves(run: Path, output: Path) -> None:
         raise UsageError(f"the run's curves cannot be drawn: {error}") from error
 
 
+def _kept(model: Path, output: Path) -> str:
+    from qkv_jax.translation.compress import kept_heads
+    from qkv_jax.translation.draw import draw_kept
+
+    found = kept_heads(model)
+    draw_kept(*found, _directory(output) / "kept.png")
+    return "kept.png"
+
+
 def _draw(options: Plot, what: set[str], output: Path) -> list[str]:
-    """Draws each of `what` but curves, and returns the names of the files."""
+    """Draws each of `what` but OF_FILES, and returns the names of the files."""
     if options.text is not None or options.source is not None:
         check_language(options)
     translator = load_model(options)
@@ -86,7 +99,7 @@ def _draw(options: Plot, what: set[str], output: Path) -> list[str]:
     if what & OF_A_SENTENCE:
         watched = translator.watch(options.text or held_out[0][0])
         drawn += _draw_sentence(watched, what, output, layers)
-    if what - OF_A_SENTENCE - {"curves"}:
+    if what - OF_A_SENTENCE - OF_FILES:
         pairs = held_out[: options.sentences]
         drawn += _draw_model(translator, what, output, train, pairs, trees)
     return drawn

@@ -9,7 +9,7 @@ import tyro
 from qkv_jax.cli.parsing import UsageError
 
 Picture = Literal[
-    "curves", "attention", "alignment", "heads", "spans", "embeddings", "page"
+    "curves", "attention", "alignment", "heads", "kept", "spans", "embeddings", "page"
 ]
 
 
@@ -198,6 +198,7 @@ class Plot(Use):
     attention: all heads of one layer, over the subwords of a sentence and its translation.
     alignment: which words of the source the words of the translation look at.
     heads: entropy and role of every head over held-out text; heads.tsv has all measures.
+    kept: of a pruned model, which heads stayed, and how they were measured.
     spans: how far every head looks.
     embeddings: the commonest subwords in the plane in which their vectors differ most.
     page: page.html, every head of every layer on a sentence, to hover over.

@@ -1,5 +1,11 @@
 """Cheaper models: weights of fewer bits, and fewer weights. Model in, model out."""
 
+from qkv_jax.compression.gates import GateConfig as GateConfig
+from qkv_jax.compression.gates import add_gates as add_gates
+from qkv_jax.compression.gates import apply_gates as apply_gates
+from qkv_jax.compression.gates import fold_gates as fold_gates
+from qkv_jax.compression.gates import open_heads as open_heads
+from qkv_jax.compression.gates import writing_heads as writing_heads
 from qkv_jax.compression.prune import Pruning as Pruning
 from qkv_jax.compression.prune import choose as choose
 from qkv_jax.compression.prune import importance as importance

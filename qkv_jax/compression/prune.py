@@ -26,12 +26,15 @@ class Pruning:
         heads: share of the heads of all attention layers, the least important first wherever they
             are; one stays in each layer. Where query heads share key heads, they go together.
         even_heads: whether each layer loses the same share.
+        gates: heads that write nothing, which training with gates closed, see `GateConfig`; one
+            stays in each layer. Nothing that the model computes changes.
         feed_forward: share of the units of each feed-forward layer.
         encoder_layers, decoder_layers: how many blocks stay; None: all.
     """
 
     heads: float = 0.0
     even_heads: bool = False
+    gates: bool = False
     feed_forward: float = 0.0
     encoder_layers: int | None = None
     decoder_layers: int | None = None
@@ -48,11 +51,20 @@ class Pruning:
                 raise ValueError(f"{name} must be at least 1, or None; got {count}.")
         if self.even_heads and not self.heads:
             raise ValueError("even_heads is of heads: give a share of them.")
+        if self.gates and self.heads:
+            raise ValueError(
+                "gates and heads both say which heads go: give one of them."
+            )
         if not any(vars(self).values()):
             raise ValueError(
-                "heads, feed_forward, encoder_layers or decoder_layers must be given: "
+                "heads, gates, feed_forward, encoder_layers or decoder_layers must be given: "
                 "nothing is removed."
             )
+
+    @property
+    def measured(self) -> bool:
+        """Whether it takes text to say what goes."""
+        return any(x for name, x in vars(self).items() if name != "gates")
 
 
 def importance(
@@ -85,7 +97,7 @@ def importance(
             model = nnx.merge(graph, params)
             for name, module in prunable(model).items():
                 last = _last(module)
-                last.dot_general = _gated(gates[name], last.kernel.ndim - 1)
+                last.dot_general = gated_product(gates[name], last.kernel.ndim - 1)
             return loss(model, batch)
 
         gates = {
@@ -216,7 +228,7 @@ def _units(module: Any) -> int:
     return module.key.kernel.shape[1]
 
 
-def _gated(gate: Array, axes: int) -> Callable[..., Array]:
+def gated_product(gate: Array, axes: int) -> Callable[..., Array]:
     """A product whose input (B, T, F) or (B, T, N, H) has a gate (B, units) for F or N."""
 
     def product(x: Array, kernel: Array, dimensions: Any, **options) -> Array:

@@ -12,6 +12,7 @@ from qkv_jax.training.checkpoint import checkpoint_steps as checkpoint_steps
 from qkv_jax.training.checkpoint import flatten as flatten
 from qkv_jax.training.checkpoint import load_arrays as load_arrays
 from qkv_jax.training.checkpoint import load_params as load_params
+from qkv_jax.training.checkpoint import restore_masks as restore_masks
 from qkv_jax.training.checkpoint import restore_params as restore_params
 from qkv_jax.training.checkpoint import save_arrays as save_arrays
 from qkv_jax.training.distributed import DistributedConfig as DistributedConfig
@@ -58,6 +59,10 @@ from qkv_jax.training.sharding import place_state as place_state
 from qkv_jax.training.sharding import replicated as replicated
 from qkv_jax.training.sharding import row_share as row_share
 from qkv_jax.training.sharding import state_shardings as state_shardings
+from qkv_jax.training.sparsity import SparsityConfig as SparsityConfig
+from qkv_jax.training.sparsity import apply_masks as apply_masks
+from qkv_jax.training.sparsity import check_sparsity as check_sparsity
+from qkv_jax.training.sparsity import new_masks as new_masks
 from qkv_jax.training.state import TrainState as TrainState
 from qkv_jax.training.state import abstract_state as abstract_state
 from qkv_jax.training.state import create_state as create_state

@@ -58,7 +58,7 @@ class LoraConfig:
             raise ValueError(f"alpha must be positive; got {self.alpha}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1); got {self.dropout}.")
-        _check_patterns("kernels", self.kernels)
+        check_patterns("kernels", self.kernels)
         if not self.kernels:
             raise ValueError("kernels must have at least one pattern; got none.")
 
@@ -79,7 +79,7 @@ class FinetuneConfig:
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
     def __post_init__(self):
-        _check_patterns("freeze", self.freeze)
+        check_patterns("freeze", self.freeze)
         if self.freeze and self.lora.rank is not None:
             raise ValueError(
                 "lora leaves every parameter of the model as it is, so freeze must be empty; "
@@ -146,18 +146,20 @@ def split_params(
     """
     if finetune is None or finetune.whole:
         return params, None
-    names = _names(params)
+    names = param_names(params)
     lora, rank = finetune.lora, finetune.lora.rank
     if rank is None:
-        frozen = _matching("freeze", finetune.freeze, names)
+        frozen = matching_names("freeze", finetune.freeze, names)
         if frozen >= set(names):
             raise ValueError(
                 f"freeze={finetune.freeze} leaves none of the {len(names)} parameters to train: "
                 "remove a pattern."
             )
-        trained = _map(lambda name, x: None if name in frozen else x, params)
-        return trained, _map(lambda name, x: x if name in frozen else None, params)
-    adapted = _matching("lora.kernels", lora.kernels, names)
+        trained = map_params(lambda name, x: None if name in frozen else x, params)
+        return trained, map_params(
+            lambda name, x: x if name in frozen else None, params
+        )
+    adapted = matching_names("lora.kernels", lora.kernels, names)
     rng = jax.random.key(seed, impl="threefry2x32")
 
     def adapt(name: str, kernel: Any) -> Adapter | None:
@@ -165,7 +167,7 @@ def split_params(
             return None
         return _adapter(name, kernel, rank, _fold(rng, name))
 
-    return _map(adapt, params), params
+    return map_params(adapt, params), params
 
 
 def merge_params(
@@ -201,7 +203,7 @@ def merge_params(
         drawn = None if rng is None else _fold(rng, name)
         return _merged(there, other, lora, drawn)
 
-    return _map(join, constant, trained)
+    return map_params(join, constant, trained)
 
 
 def count_params(params: Any, finetune: FinetuneConfig | None = None) -> ParamCounts:
@@ -270,14 +272,14 @@ def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def _names(params: Any) -> list[str]:
+def param_names(params: Any) -> list[str]:
     leaves = jax.tree_util.tree_leaves_with_path(
         params, is_leaf=lambda x: isinstance(x, nnx.Variable)
     )
     return [_name(path) for path, _ in leaves]
 
 
-def _map(function: Any, tree: Any, *rest: Any) -> Any:
+def map_params(function: Any, tree: Any, *rest: Any) -> Any:
     """function(name, parameter or None, ...), for each parameter and each place without one."""
     return jax.tree_util.tree_map_with_path(
         lambda path, *nodes: function(_name(path), *nodes),
@@ -287,14 +289,14 @@ def _map(function: Any, tree: Any, *rest: Any) -> Any:
     )
 
 
-def _check_patterns(field: str, patterns: Any) -> None:
+def check_patterns(field: str, patterns: Any) -> None:
     if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
         raise ValueError(
             f"{field} must be a tuple of patterns, such as ('encoder.*',); got {patterns!r}."
         )
 
 
-def _matching(field: str, patterns: Iterable[str], names: list[str]) -> set[str]:
+def matching_names(field: str, patterns: Iterable[str], names: list[str]) -> set[str]:
     """The names that any of the patterns matches; each must match one."""
     found: set[str] = set()
     for pattern in patterns:

@@ -1,11 +1,11 @@
 """Checkpoints of a run: everything it needs to go on, kept by orbax under run/checkpoints/<step>/.
 
-A checkpoint has the items `params`, `ema` (where the run keeps one), `training` (step, optimizer
-state, rng) and `progress` (JSON: data position, best metric, and the like). Arrays are saved
-under their dotted names, so that none of the pytree classes is needed to read them. `files.json`
-lists the size of every file, so that one that was cut short is named before orbax meets it.
-Parameters that are not trained are the same in all checkpoints, and are kept once, before the
-first of them is begun, as run/checkpoints/constant/params/.
+A checkpoint has the items `params`, `ema` and `masks` (where the run has them), `training` (step,
+optimizer state, rng) and `progress` (JSON: data position, best metric, and the like). Arrays are
+saved under their dotted names, so that none of the pytree classes is needed to read them.
+`files.json` lists the size of every file, so that one that was cut short is named before orbax
+meets it. Parameters that are not trained are the same in all checkpoints, and are kept once, before
+the first of them is begun, as run/checkpoints/constant/params/.
 """
 
 import functools
@@ -25,6 +25,7 @@ from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 from qkv_jax.training.adapters import FinetuneConfig, merge_params, split_params
 from qkv_jax.training.distributed import is_first, on_first
 from qkv_jax.training.errors import DamagedCheckpoint, RunError
+from qkv_jax.training.sparsity import Masks, masks_like
 from qkv_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
@@ -149,11 +150,14 @@ class CheckpointStore:
             for name, item in _items(like).items()
         }
         training = _unflatten(_training(like), items["training"])
-        ema = None if like.ema is None else _unflatten(like.ema, items["ema"])
-        params = _unflatten(like.params, items["params"])
+        parts = {
+            name: _unflatten(getattr(like, name), items[name])
+            for name in ("params", "ema", "masks")
+            if name in items
+        }
         constant = _restore_constant(checkpoint, like.constant)
         self._has_constant = True
-        state = TrainState(params=params, ema=ema, constant=constant, **training)
+        state = TrainState(constant=constant, **parts, **training)
         return state, progress
 
     def tell(self, step: int, progress: Mapping[str, Any]) -> None:
@@ -257,6 +261,30 @@ def average_params(
     )
 
 
+def restore_masks(directory: str | os.PathLike, params: Any) -> Masks | None:
+    """The masks of a run's latest checkpoint; None: it has none.
+
+    Args:
+        directory: of the run.
+        params: pytree of `nnx.Variable`s, arrays or shapes: those that the masks are of.
+
+    Raises:
+        RunError: see restore_params.
+    """
+    checkpoint = _step_directory(directory, _choose(directory, "latest"))
+    _check_sizes(checkpoint)
+    if not (checkpoint / "masks").is_dir():
+        return None
+    try:
+        saved = ocp.PyTreeCheckpointHandler().metadata(checkpoint / "masks").tree
+    except Exception as error:
+        raise _cut_short(checkpoint, error) from error
+    names = {name.removesuffix(".value") for name in saved}
+    like = jax.eval_shape(lambda: masks_like(params, names))
+    arrays = _restore(checkpoint, "masks", flatten(_host(like)))
+    return jax.tree.map(jnp.asarray, _unflatten(like, arrays))
+
+
 def load_params(
     directory: str | os.PathLike,
     like: Any,
@@ -326,8 +354,9 @@ def _items(state: TrainState) -> dict[str, dict[str, Any]]:
         "params": flatten(state.params),
         "training": flatten(_training(state)),
     }
-    if state.ema is not None:
-        items["ema"] = flatten(state.ema)
+    for name in ("ema", "masks"):
+        if getattr(state, name) is not None:
+            items[name] = flatten(getattr(state, name))
     return items
 
 

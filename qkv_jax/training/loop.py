@@ -23,6 +23,7 @@ from qkv_jax.training.optimizers import (
     make_schedule,
 )
 from qkv_jax.training.sharding import auto_mesh, make_mesh, place_batch
+from qkv_jax.training.sparsity import Masks, SparsityConfig
 from qkv_jax.training.state import TrainState, create_state
 from qkv_jax.training.step import LossFn, make_train_step
 from qkv_jax.training.stopping import Signals, Stopped, stop_point
@@ -191,6 +192,8 @@ def train(
     callbacks: Sequence[Callback] = (),
     mesh: Mesh | None = None,
     finetune: FinetuneConfig | None = None,
+    sparsity: SparsityConfig | None = None,
+    masks: Masks | None = None,
     unit: str = "tokens",
     console: Console | None = None,
 ) -> TrainResult:
@@ -215,6 +218,7 @@ def train(
         mesh: see make_mesh; None: all devices.
         finetune: which part of params is trained; None: all. evaluate gets all of them, merged;
             the states that callbacks and the result have are parted, see merge_params.
+        sparsity, masks: which weights are 0, see create_state; evaluate gets them so.
         unit: what the loss is a mean over, for messages.
         console: for progress; None: standard error.
 
@@ -234,7 +238,8 @@ def train(
         raise ValueError("patience needs evaluate; pass a function, or patience=None.")
     began = time.perf_counter()
     mesh = auto_mesh(mesh or make_mesh())
-    step_fn, state = _build(params, loss_fn, optimizer, config, mesh, finetune)
+    sparse = {"sparsity": sparsity, "masks": masks}
+    step_fn, state = _build(params, loss_fn, optimizer, config, mesh, finetune, sparse)
     with CheckpointStore(directory, keep=config.keep) as store:
         state, record = _resume(store, state, iterator)
         with (
@@ -282,6 +287,7 @@ def _build(
     config: TrainingConfig,
     mesh: Mesh,
     finetune: FinetuneConfig | None,
+    sparse: dict[str, Any],
 ) -> tuple["_CountedStep", TrainState]:
     """The compiled step of this configuration, and its first state."""
     check_optimizer(optimizer, config)
@@ -296,6 +302,7 @@ def _build(
         averaged=averaged_params if optimizer.averages else None,
         rng_impl=config.rng_impl,
         finetune=finetune,
+        sparsity=sparse["sparsity"],
     )
     state = create_state(
         params,
@@ -305,6 +312,7 @@ def _build(
         rng_impl=config.rng_impl,
         ema=config.ema_decay is not None or optimizer.averages,
         finetune=finetune,
+        **sparse,
     )
     return _CountedStep(step), state
 

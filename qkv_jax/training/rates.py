@@ -134,9 +134,18 @@ def find_rate(
         rates.steps,
         schedule=lambda count: rates.low * rates.factor**count,
     )
-    options: dict[str, Any] = {"rng_impl": training.rng_impl, "finetune": task.finetune}
+    options: dict[str, Any] = {
+        "rng_impl": training.rng_impl,
+        "finetune": task.finetune,
+        "sparsity": task.sparsity,
+    }
     state = create_state(
-        task.params, optimizer, seed=training.seed, mesh=mesh, **options
+        task.params,
+        optimizer,
+        seed=training.seed,
+        mesh=mesh,
+        masks=task.masks,
+        **options,
     )
     step = make_train_step(
         task.loss_fn, optimizer, mesh=mesh, accumulate=training.accumulate, **options

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from qkv_jax.training.adapters import FinetuneConfig, split_params
 from qkv_jax.training.sharding import place_state, state_shardings
+from qkv_jax.training.sparsity import Masks, SparsityConfig, apply_masks, new_masks
 
 
 @jax.tree_util.register_dataclass
@@ -27,6 +28,7 @@ class TrainState:
             uses fold_in(rng, n), whether or not the run was interrupted before n.
         ema: average of params, exponential or the optimizer's own: what is evaluated; or None.
         constant: the part of the model that is not trained, see split_params; None: there is none.
+        masks: which weights are not 0, see SparsityConfig; None: all may be anything.
     """
 
     step: jax.Array
@@ -35,6 +37,7 @@ class TrainState:
     rng: jax.Array
     ema: Any = None
     constant: Any = None
+    masks: Masks | None = None
 
 
 def create_state(
@@ -46,6 +49,8 @@ def create_state(
     rng_impl: str = "rbg",
     ema: bool = False,
     finetune: FinetuneConfig | None = None,
+    sparsity: SparsityConfig | None = None,
+    masks: Masks | None = None,
 ) -> TrainState:
     """The state before the first step, made on the mesh: shapes first, then places, then values.
 
@@ -59,12 +64,18 @@ def create_state(
         rng_impl: jax PRNG implementation; "rbg" is cheap on CPU and on accelerators.
         ema: keep an average of what is trained, which starts at it.
         finetune: which part is trained; None: all.
+        sparsity: which of its weights will be 0; None: none.
+        masks: which are, from the start, where sparsity is that of a ticket.
 
     Raises:
-        ValueError: the mesh does not divide the model, see state_shardings; or see split_params.
+        ValueError: the mesh does not divide the model, see state_shardings; or see split_params
+            and new_masks.
     """
-    create = _creator(params, optimizer, seed, rng_impl, ema, finetune)
-    given = None if callable(params) else place_state(params, mesh)
+    create = _creator(params, optimizer, seed, rng_impl, ema, finetune, sparsity)
+    given = (
+        None if callable(params) else place_state(params, mesh),
+        None if masks is None else place_state(masks, mesh),
+    )
     places = state_shardings(jax.eval_shape(create, given), mesh)
     return jax.jit(create, out_shardings=places)(given)
 
@@ -77,10 +88,11 @@ def abstract_state(
     rng_impl: str = "rbg",
     ema: bool = False,
     finetune: FinetuneConfig | None = None,
+    sparsity: SparsityConfig | None = None,
 ) -> TrainState:
     """The shapes, dtypes and shardings of what create_state would make; nothing is made."""
     shapes = jax.eval_shape(
-        _creator(params, optimizer, 0, rng_impl, ema, finetune), None
+        _creator(params, optimizer, 0, rng_impl, ema, finetune, sparsity), (None, None)
     )
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
@@ -89,10 +101,13 @@ def abstract_state(
     )
 
 
-def _creator(params, optimizer, seed: int, rng_impl: str, ema: bool, finetune):
-    def create(given: Any) -> TrainState:
-        whole = params() if callable(params) else given
+def _creator(params, optimizer, seed, rng_impl: str, ema: bool, finetune, sparsity):
+    def create(given: tuple[Any, Masks | None]) -> TrainState:
+        whole = params() if callable(params) else given[0]
+        whole, masks = apply_masks(whole, given[1]), given[1]
         made, constant = split_params(whole, finetune, seed=seed)
+        if masks is None and sparsity is not None and sparsity.final is not None:
+            masks = new_masks(made, sparsity)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=made,
@@ -100,6 +115,7 @@ def _creator(params, optimizer, seed: int, rng_impl: str, ema: bool, finetune):
             rng=jax.random.key_data(jax.random.key(seed, impl=rng_impl)),
             ema=made if ema else None,
             constant=constant,
+            masks=masks,
         )
 
     return create

@@ -1,5 +1,6 @@
 """One update, and one evaluation, as jitted pure functions of pytrees."""
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,6 +17,12 @@ from qkv_jax.training.sharding import (
     place_batch,
     replicated,
     state_shardings,
+)
+from qkv_jax.training.sparsity import (
+    SparsityConfig,
+    apply_masks,
+    next_masks,
+    zeros_share,
 )
 from qkv_jax.training.state import TrainState
 from qkv_jax.training.stopping import stop_point
@@ -42,6 +49,7 @@ def make_train_step(
     averaged: Callable[[Any, Any], Any] | None = None,
     rng_impl: str = "rbg",
     finetune: FinetuneConfig | None = None,
+    sparsity: SparsityConfig | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A jitted step that minimises the loss per real token of the whole batch.
 
@@ -61,29 +69,44 @@ def make_train_step(
         averaged: (opt_state, params) -> what state.ema is after the update, in place of that.
         rng_impl: that of state.rng.
         finetune: which part of the parameters is trained, as in create_state; loss_fn gets all.
+        sparsity: as in create_state: loss_fn gets masked weights, and what is made is masked.
 
     Returns:
         step(state, batch) -> (state, metrics). The given state is donated: use the returned one.
         metrics: () float32 each: "tokens", "grad_norm" before clipping, "learning_rate",
-        "skipped" (1 or 0), and
+        "skipped" (1 or 0), with masks "sparsity", the share of zeros of what they are of, and
         loss_fn's sums per token without their suffix ("loss_sum" is reported as "loss").
         batch: dict of (B, ...), B divisible by accumulate times the mesh's data and fsdp axes.
     """
 
     mesh = auto_mesh(mesh)
 
-    def of_trained(constant: Any, loss_fn: LossFn) -> LossFn:
+    def of_trained(constant: Any, masks: Any, loss_fn: LossFn) -> LossFn:
         return lambda trained, batch, rng: loss_fn(
-            merge_params(trained, constant, finetune, rng=rng), batch, rng
+            merge_params(apply_masks(trained, masks), constant, finetune, rng=rng),
+            batch,
+            rng,
         )
 
     def step(
         state: TrainState, batch: Batch, loss_fn: Partial
     ) -> tuple[TrainState, Metrics]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            new, metrics = update(state, batch, loss_fn)
+            new, metrics = update(masked(state), batch, loss_fn)
         places = state_shardings(new, mesh)
         return jax.lax.with_sharding_constraint(new, places), metrics
+
+    def masked(state: TrainState) -> TrainState:
+        """Before an update, so that one that is skipped leaves new masks in force."""
+        if sparsity is None or state.masks is None:
+            return state
+        masks = next_masks(state.masks, state.params, state.step, sparsity)
+        return dataclasses.replace(
+            state,
+            masks=masks,
+            params=apply_masks(state.params, masks),
+            ema=apply_masks(state.ema, masks),
+        )
 
     def update(
         state: TrainState, batch: Batch, loss_fn: Partial
@@ -91,7 +114,7 @@ def make_train_step(
         rng = jax.random.wrap_key_data(state.rng, impl=rng_impl)
         rng = jax.random.fold_in(rng, state.step)
         grads, sums = _summed_gradient(
-            of_trained(state.constant, loss_fn),
+            of_trained(state.constant, state.masks, loss_fn),
             state.params,
             batch,
             rng,
@@ -106,12 +129,15 @@ def make_train_step(
         if schedule is not None:
             metrics["learning_rate"] = schedule(state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = apply_masks(optax.apply_updates(state.params, updates), state.masks)
         ema = None
         if averaged is not None:
             ema = averaged(opt_state, params)
         elif ema_decay is not None:
             ema = _average(state.ema, params, state.step, ema_decay)
+        ema = apply_masks(ema, state.masks)
+        if state.masks:
+            metrics["sparsity"] = zeros_share(state.masks)
         finite = jnp.isfinite(sums["loss_sum"]) & jnp.isfinite(metrics["grad_norm"])
         metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
         made, kept = (
@@ -128,6 +154,7 @@ def make_train_step(
             rng=state.rng,
             ema=ema,
             constant=state.constant,
+            masks=state.masks,
         )
         return new, metrics
 

@@ -36,6 +36,7 @@ from qkv_jax.training.model_card import (
 from qkv_jax.training.optimizers import OptimizerConfig
 from qkv_jax.training.runs import RunConfig, finish_run, locked, open_run, write_text
 from qkv_jax.training.sharding import MeshConfig, make_mesh, state_shardings
+from qkv_jax.training.sparsity import Masks, SparsityConfig, check_masks
 from qkv_jax.training.step import LossFn
 from qkv_jax.training.stopping import saved_at
 
@@ -77,7 +78,7 @@ class Task:
         loss_fn: see `make_train_step`.
         iterator, share: see `train`.
         evaluate: see `train`.
-        finetune: see `train`.
+        finetune, sparsity, masks: see `train`.
         report: lines about the data.
         identity: JSON-able: what makes the run what it is besides its configuration. A mesh must
             not change it, so that another one may resume the run.
@@ -95,6 +96,8 @@ class Task:
     share: tuple[int, int] = (0, 1)
     evaluate: Evaluate | None = None
     finetune: FinetuneConfig | None = None
+    sparsity: SparsityConfig | None = None
+    masks: Masks | None = None
     report: Sequence[str] = ()
     identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     data: tuple[str, str] | None = None
@@ -180,6 +183,10 @@ def _train_task(
         counts = count_params(shapes, task.finetune)
     except ValueError as error:
         raise RunError(f"finetune: {error}") from error
+    try:
+        check_masks(shapes, task.finetune, task.sparsity)
+    except ValueError as error:
+        raise RunError(f"sparsity: {error}") from error
     if task.data is not None:
         check_same(*task.data)
 
@@ -210,6 +217,8 @@ def _train_task(
         optimizer=config.optimizer,
         config=config.training,
         finetune=task.finetune,
+        sparsity=task.sparsity,
+        masks=task.masks,
         iterator=task.iterator,
         share=task.share,
         directory=directory,

@@ -1,8 +1,9 @@
 """A model in, a cheaper model out: what `qkv-jax compress` and `qkv-jax prune` do."""
 
 import dataclasses
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from qkv_jax.compression import (
     importance,
     keep_layers,
     keep_units,
+    open_heads,
+    writing_heads,
 )
 from qkv_jax.data import Pair
 from qkv_jax.interop import new_directory
@@ -30,6 +33,7 @@ from qkv_jax.translation.start import (
     NO_LANGUAGES,
     Checkpoint,
     Start,
+    check_prunable,
     is_run,
     load_start,
     quantised,
@@ -37,6 +41,10 @@ from qkv_jax.translation.start import (
     save_compressed,
 )
 
+# Which heads stayed, beside a pruned model; and what they were chosen by.
+PRUNED = "pruned.json"
+IMPORTANCE = "importance, of norm 1 in a layer"
+GATES = "norm of what a head writes by, its gate folded in"
 # Of what importance is measured on.
 SENTENCES = 1024
 BATCH_TOKENS = 2048
@@ -100,8 +108,7 @@ def prune_model(
     """
     start = transformer(model, checkpoint=checkpoint, languages=languages).in_float()
     config: Any = start.model
-    _check_prunable(config, what, model)
-    batches = _batches(start, (_pairs(model) if pairs is None else pairs)[:SENTENCES])
+    check_prunable(config, model, heads=what.heads > 0 or what.gates)
     ids: dict[str, Any] = {
         "start": start.tokenizer.start,
         "eos": start.tokenizer.eos,
@@ -110,32 +117,58 @@ def prune_model(
     def loss(module: Any, batch: Any) -> jax.Array:
         return module_loss(module, batch, None, 0.0, **ids)[0]
 
+    batches = []
+    if what.measured:
+        pairs = _pairs(model) if pairs is None else pairs
+        batches = _batches(start, pairs[:SENTENCES])
     module = nnx.merge(model_graph(config), start.params)
     try:
-        config = _fewer_layers(module, config, what, batches, loss)
+        config, places = _fewer_layers(module, config, what, batches, loss)
         graph, params = nnx.split(module, nnx.Param)
         scores = importance(graph, params, batches, loss)
-        config = _narrower(module, config, what, scores)
+        config, kept = _narrower(module, config, what, scores)
     except ValueError as error:
         raise training.RunError(f"{model}: {error}") from error
     params = nnx.state(module, nnx.Param)
     start = start._replace(model=config, params=params)
-    write(start, out, made_of=model, languages=languages)
+    heads = {
+        _original(name, places): {"values": values.tolist(), "kept": stay.tolist()}
+        for name, (values, stay) in kept.items()
+    }
+    content = {"measure": GATES if what.gates else IMPORTANCE, "heads": heads}
+    write(start, out, made_of=model, languages=languages, beside={PRUNED: content})
     return start._replace(pretrained=None)
 
 
-def _check_prunable(config: seq2seq.Config, what: Pruning, model: str | Path) -> None:
-    kinds = {config.encoder_attention.name, config.decoder_attention.name}
-    if kinds != {seq2seq.Config().encoder_attention.name}:
+def kept_heads(directory: str | Path) -> tuple[str, dict[str, dict[str, list[Any]]]]:
+    """Which heads of a model stayed when it was pruned.
+
+    Args:
+        directory: that `prune_model` wrote.
+
+    Returns:
+        What the numbers measure; and of each attention layer of the model before, but for those
+        that went whole, the "values" (K,) of its key heads, and which of them were "kept".
+
+    Raises:
+        RunError: it holds no such record, or a damaged one.
+    """
+    file = Path(directory) / PRUNED
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return content["measure"], content["heads"]
+    except FileNotFoundError:
         raise training.RunError(
-            f"{model} has self-attention of the kinds {', '.join(sorted(kinds))}, whose own "
-            "parameters belong to heads and places of layers: only plain attention is pruned."
-        )
-    if what.heads and config.positions == "relative":
-        raise training.RunError(
-            f"{model} has relative positions, whose biases all layers of a side share, a column a "
-            "head: prune feed_forward or layers."
-        )
+            f"{directory} has no {PRUNED}: name a directory that `qkv-jax prune` wrote."
+        ) from None
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise training.RunError(f"{file} is damaged ({error}): prune anew.") from error
+
+
+def _original(name: str, places: Mapping[str, Sequence[int]]) -> str:
+    """The name that a layer had before others went."""
+    side, index, part = name.split(".")
+    return f"{side}.{places[side][int(index)]}.{part}"
 
 
 def _pairs(model: str | Path) -> list[Pair]:
@@ -165,15 +198,20 @@ def _batches(start: Start, pairs: Sequence[Pair]) -> list[dict[str, jax.Array]]:
 
 def _fewer_layers(
     module: Any, config: seq2seq.Config, what: Pruning, batches: Any, loss: Any
-) -> seq2seq.Config:
+) -> tuple[seq2seq.Config, dict[str, list[int]]]:
+    """Removes layers; what is left, and the places that it had."""
     counts = None if config.heads_by_layer is None else list(config.heads_by_layer)
     names = config.attention_names
+    places = {
+        side: list(range(getattr(config, f"{side}_layers")))
+        for side in ("encoder", "decoder")
+    }
     for side in ("encoder", "decoder"):
         count = getattr(what, f"{side}_layers")
         if count is None:
             continue
-        kept = keep_layers(module, side, count, batches, loss)
-        stay = {f"{side}.{i}." for i in kept}
+        places[side] = keep_layers(module, side, count, batches, loss)
+        stay = {f"{side}.{i}." for i in places[side]}
         if counts is not None:
             pairs = [
                 (n, c)
@@ -186,7 +224,7 @@ def _fewer_layers(
             heads_by_layer=None if counts is None else tuple(counts),
             **{f"{side}_layers": count},
         )
-    return config
+    return config, places
 
 
 def _narrower(
@@ -194,8 +232,9 @@ def _narrower(
     config: seq2seq.Config,
     what: Pruning,
     scores: dict[str, np.ndarray],
-) -> seq2seq.Config:
-    """Removes heads and units, and says what is left."""
+) -> tuple[seq2seq.Config, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Removes heads and units; what is left, and of each attention layer its heads' scores and
+    those that stayed."""
     changes: dict[str, Any] = {}
     if what.feed_forward:
         units = {n: x for n, x in scores.items() if n.endswith("feed_forward")}
@@ -204,12 +243,16 @@ def _narrower(
         changes["d_ff"] = len(kept["encoder.0.feed_forward"])
         if config.decoder_d_ff is not None:
             changes["decoder_d_ff"] = len(kept["decoder.0.feed_forward"])
-    if what.heads:
-        heads = {name: scores[name] for name in config.attention_names}
-        kept = choose(heads, what.heads, even=what.even_heads)
+    marks = writing_heads(module) if what.gates else scores
+    heads = {name: marks[name] for name in config.attention_names if name in marks}
+    kept = {name: np.arange(len(x)) for name, x in heads.items()}
+    if what.heads or what.gates:
+        chosen = open_heads(heads) if what.gates else None
+        kept = chosen or choose(heads, what.heads, even=what.even_heads)
         keep_units(module, kept)
         changes |= _heads(config, {name: len(x) for name, x in kept.items()})
-    return dataclasses.replace(config, **changes)
+    found = {name: (x, kept[name]) for name, x in heads.items()}
+    return dataclasses.replace(config, **changes), found
 
 
 def _heads(config: seq2seq.Config, kept: dict[str, int]) -> dict[str, Any]:
@@ -259,10 +302,16 @@ def write(
     *,
     made_of: str | Path,
     languages: LanguageConfig,
+    beside: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a model's directory; of a run, with its configuration, which knows its corpus."""
+    """Writes a model's directory; of a run, with its configuration, which knows its corpus.
+
+    beside: JSON-able content of further files by name.
+    """
     with new_directory(out) as building:
         save_compressed(start, languages, building)
+        for name, content in (beside or {}).items():
+            (building / name).write_text(json.dumps(content), encoding="utf-8")
         if is_run(made_of):
             name = training.runs.CONFIG_FILE
             shutil.copy(Path(made_of) / name, building / name)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from jax.sharding import Mesh
 
-from qkv_jax.compression import Quantisation
+from qkv_jax.compression import GateConfig, Quantisation
 from qkv_jax.data import (
     Filters,
     HomeAssistantData,
@@ -25,9 +25,11 @@ from qkv_jax.training import (
     MeshConfig,
     OptimizerConfig,
     RunConfig,
+    SparsityConfig,
     Task,
     TrainingConfig,
     check_optimizer,
+    check_sparsity,
     from_plain,
     to_plain,
 )
@@ -272,6 +274,9 @@ class TranslationConfig:
         finetune: which of its parameters are trained.
         quantise: what the model learns to be rounded to, see `compression.imitate`: it is trained,
             evaluated and used as `qkv-jax compress` with the same options would have it.
+        gates: what attention heads cost, so that those that are not worth it close: fine-tune a
+            trained model, then `qkv-jax prune --gates`. The latest checkpoint is used.
+        sparsity: which weights become 0. The latest checkpoint is used.
         text: tokeniser and batches.
         model: sizes of the Transformer, or of the recurrent model; its vocabulary is the tokeniser's. With init_from, only
             its dropout rates, dtype and context count.
@@ -294,6 +299,8 @@ class TranslationConfig:
     languages: LanguageConfig = field(default_factory=LanguageConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     quantise: Quantisation = field(default_factory=Quantisation)
+    gates: GateConfig = field(default_factory=GateConfig)
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     text: TextConfig = field(default_factory=TextConfig)
     # Named apart: tyro would call both of them "config".
     model: (
@@ -325,6 +332,12 @@ class TranslationConfig:
                 "itself, not through layers that can be replaced."
             )
         check_kv_cache(self.decoding, self.model)
+        self._check_gates()
+        check_sparsity(self.sparsity, self.training, self.finetune)
+        if self.sparsity.rewind is not None and self.init_from is None:
+            raise ValueError(
+                "sparsity.rewind goes back within a sparse run: name it by init_from."
+            )
         self._check_packing()
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(
@@ -352,6 +365,29 @@ class TranslationConfig:
             )
         # A warm-up that does not fit into the steps is an error before anything is written.
         check_optimizer(self.optimizer, self.training)
+
+    def _check_gates(self) -> None:
+        if not self.gates.on:
+            return
+        if self.gates.on and isinstance(self.model, recurrent.Config):
+            raise ValueError(
+                "gates are of attention heads, and the recurrent model has none: leave out "
+                "gates.penalty."
+            )
+        if self.quantise.weights:
+            raise ValueError(
+                "gates change the scales that quantise rounds with: train with gates, remove heads "
+                "by `qkv-jax prune --gates`, and quantise what is left."
+            )
+        if self.finetune.lora.rank is not None:
+            raise ValueError(
+                "gates are trained, and lora trains adapters alone: give one of them."
+            )
+        if self.training.patience is not None:
+            raise ValueError(
+                "training.patience must be None with gates: the loss on validation text rises as "
+                f"they close, and would end the run; got {self.training.patience}."
+            )
 
     def _check_packing(self) -> None:
         model = self.model

@@ -1,6 +1,6 @@
 """What a run has learned, as pictures, a table of its heads and a page of all of them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,21 @@ def draw_heads(heads: Sequence[HeadSummary], path: Path) -> Figure:
         path,
         label="normalised entropy",
         notes=_by_layer(heads, ["\n".join(head.roles) for head in heads]),
+    )
+
+
+def draw_kept(
+    measure: str, heads: Mapping[str, Mapping[str, Sequence[Any]]], path: Path
+) -> Figure:
+    """Draws what `kept_heads` found: the measure of every head, those framed that stayed."""
+    return viz.plot_heads(
+        {name: found["values"] for name, found in heads.items()},
+        path,
+        label=measure,
+        notes={
+            name: ["kept" * (i in found["kept"]) for i in range(len(found["values"]))]
+            for name, found in heads.items()
+        },
     )
 
 

@@ -10,11 +10,18 @@ import jax
 import numpy as np
 from flax import nnx
 
-from qkv_jax.compression import Quantisation, quantise
+from qkv_jax.compression import (
+    GateConfig,
+    Quantisation,
+    add_gates,
+    fold_gates,
+    quantise,
+)
 from qkv_jax.models import recurrent, seq2seq
 
 ModelConfig = seq2seq.Config | recurrent.Config
 FLOAT = Quantisation()
+UNGATED = GateConfig()
 
 
 def new_model(config: ModelConfig, *, seed: int) -> Any:
@@ -28,14 +35,18 @@ def init_params(config: ModelConfig, *, seed: int) -> Any:
     return nnx.state(new_model(config, seed=seed), nnx.Param)
 
 
-def model_graph(config: ModelConfig, how: Quantisation = FLOAT) -> nnx.GraphDef:
-    """The static half of the model, quantised so; its parameters are not made."""
-    return _halves(config, how)[0]
+def model_graph(
+    config: ModelConfig, how: Quantisation = FLOAT, gates: GateConfig = UNGATED
+) -> nnx.GraphDef:
+    """The static half of the model, quantised or gated so; its parameters are not made."""
+    return _halves(config, how, gates)[0]
 
 
-def model_shapes(config: ModelConfig, how: Quantisation = FLOAT) -> Any:
-    """The parameters of the model, quantised so, as shapes and dtypes."""
-    return _halves(config, how)[1]
+def model_shapes(
+    config: ModelConfig, how: Quantisation = FLOAT, gates: GateConfig = UNGATED
+) -> Any:
+    """The parameters of the model, quantised or gated so, as shapes and dtypes."""
+    return _halves(config, how, gates)[1]
 
 
 def param_count(config: ModelConfig) -> int:
@@ -67,6 +78,29 @@ def quantised_params(config: ModelConfig, params: Any, how: Quantisation) -> Any
     return convert(params)
 
 
+def gated_params(config: ModelConfig, params: Any, gates: GateConfig) -> Any:
+    """Parameters of the model -> the same and those of its gates."""
+    if not gates.on:
+        return params
+    model = nnx.merge(model_graph(config), params)
+    add_gates(model, gates)
+    return nnx.state(model, nnx.Param)
+
+
+def folded_params(config: ModelConfig, params: Any, gates: GateConfig) -> Any:
+    """What `gated_params` made, trained -> parameters of the model, which then does as gated."""
+    if not gates.on:
+        return params
+
+    @jax.jit
+    def fold(params: Any) -> Any:
+        model = nnx.merge(model_graph(config, gates=gates), params)
+        fold_gates(model, gates)
+        return nnx.state(model, nnx.Param)
+
+    return fold(params)
+
+
 def check_mesh(config: ModelConfig, mesh: Mapping[str, int]) -> None:
     """Raises ValueError where a mesh, given by its axes' sizes, does not fit the model."""
     kind: Any = recurrent if isinstance(config, recurrent.Config) else seq2seq
@@ -74,11 +108,15 @@ def check_mesh(config: ModelConfig, mesh: Mapping[str, int]) -> None:
 
 
 @functools.cache
-def _halves(config: ModelConfig, how: Quantisation) -> tuple[nnx.GraphDef, Any]:
+def _halves(
+    config: ModelConfig, how: Quantisation, gates: GateConfig
+) -> tuple[nnx.GraphDef, Any]:
     def make() -> Any:
         model = new_model(config, seed=0)
         if how.weights is not None:
             quantise(model, how)
+        if gates.on:
+            add_gates(model, gates)
         return model
 
     return nnx.split(nnx.eval_shape(make), nnx.Param)

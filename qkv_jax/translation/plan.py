@@ -39,6 +39,7 @@ def plan_run(config: TranslationConfig) -> Plan:
     model = model if start is None else start.model
     if not isinstance(model, seq2seq.Config):
         raise training.RunError("plan knows what a Transformer costs, not this model")
+    sparsity = config.sparsity if config.sparsity.final is not None else None
     try:
         mesh = training.make_mesh(config.mesh)
         seq2seq.check_mesh(model, mesh.shape)
@@ -50,6 +51,7 @@ def plan_run(config: TranslationConfig) -> Plan:
             rng_impl=config.training.rng_impl,
             ema=config.training.ema_decay is not None or config.optimizer.averages,
             finetune=config.finetune,
+            sparsity=sparsity,
         )
     except ValueError as error:
         raise training.RunError(f"mesh: {error}") from error
@@ -62,6 +64,7 @@ def plan_run(config: TranslationConfig) -> Plan:
         averaged=training.averaged_params if config.optimizer.averages else None,
         rng_impl=config.training.rng_impl,
         finetune=config.finetune,
+        sparsity=sparsity,
     )
     multiple = training.batch_shares(mesh) * config.training.accumulate
     rows = max(multiple, text.batch_tokens // text.max_target // multiple * multiple)

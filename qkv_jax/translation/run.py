@@ -1,7 +1,6 @@
 """A whole run: text in, a trained, evaluated model on disk out; and back from disk."""
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from flax import nnx
 from jax.tree_util import Partial
 
 from qkv_jax import data, training
-from qkv_jax.compression import Quantisation, imitate
+from qkv_jax.compression import GateConfig, Quantisation, apply_gates, imitate
 from qkv_jax.data import BOS, EOS, EncodedPairs, Pair, SentenceTokenizer
 from qkv_jax.models import seq2seq
 from qkv_jax.training.losses import Taught, projected_cross_entropy
@@ -29,8 +28,11 @@ from qkv_jax.translation.evaluate import (
 )
 from qkv_jax.translation.models import (
     FLOAT,
+    UNGATED,
     ModelConfig,
     check_mesh,
+    folded_params,
+    gated_params,
     init_params,
     model_graph,
     params_digest,
@@ -40,10 +42,10 @@ from qkv_jax.translation.start import (
     TOKENIZER,
     Checkpoint,
     Start,
+    check_prunable,
     load_translator,
     read_run,
     save_start,
-    started,
 )
 from qkv_jax.translation.teacher import (
     Teacher,
@@ -51,6 +53,7 @@ from qkv_jax.translation.teacher import (
     load_teacher,
     make_teacher,
 )
+from qkv_jax.translation.tickets import begun
 from qkv_jax.translation.translator import Translator
 
 LOSS_CHUNKS = 4
@@ -176,6 +179,7 @@ def make_loss(
     eos: int = EOS,
     quantise: Quantisation = FLOAT,
     teacher: Teacher | None = None,
+    gates: GateConfig = UNGATED,
 ) -> training.step.LossFn:
     """The loss of `training.train` for this model: sums over the real target tokens.
 
@@ -188,8 +192,10 @@ def make_loss(
         quantise: what the model is rounded to.
         teacher: whose predictions count where there is dropout, that is in training; its params
             are arguments of the program, and nothing changes them.
+        gates: of its heads, whose parameters are then among those of the loss; its sums have
+            "gates_sum", the number of open gates a token, and in training loss their penalty.
     """
-    graph, ids = model_graph(config), {"start": start, "eos": eos}
+    graph, ids = model_graph(config, gates=gates), {"start": start, "eos": eos}
 
     def loss_fn(known, params, batch, rng):
         taught = None
@@ -204,7 +210,10 @@ def make_loss(
         model = nnx.merge(graph, params)
         if quantise.weights is not None:
             imitate(model, quantise)
-        return module_loss(
+        opened = None
+        if gates.on:
+            opened = apply_gates(model, gates, len(batch["source"]), rng)
+        loss, sums = module_loss(
             model,
             batch,
             rng,
@@ -213,6 +222,12 @@ def make_loss(
             taught=taught,
             **ids,
         )
+        if opened is None:
+            return loss, sums
+        opened = sums["tokens"] * opened
+        if rng is not None and gates.penalty:
+            loss = loss + gates.penalty * opened
+        return loss, sums | {"loss_sum": loss, "gates_sum": opened}
 
     if teacher is None:
         return functools.partial(loss_fn, None)
@@ -267,7 +282,7 @@ def make_task(config: TranslationConfig, mesh: jax.sharding.Mesh) -> training.Ta
         RunError: the mesh does not fit the model.
     """
     multiple = training.batch_shares(mesh) * config.training.accumulate
-    start, share = started(config), training.row_share(mesh)
+    (start, masks), share = begun(config), training.row_share(mesh)
     tutor = load_teacher(config)
     given = start or tutor
     prepared = prepare(
@@ -287,6 +302,8 @@ def make_task(config: TranslationConfig, mesh: jax.sharding.Mesh) -> training.Ta
         check_mesh(model, mesh.shape)
     except ValueError as error:
         raise training.RunError(f"mesh: {error}") from error
+    if config.gates.on:
+        check_prunable(model, config.init_from or "the model", heads=True)
     teacher = make_teacher(config, tutor, model=model, tokenizer=tokenizer, mesh=mesh)
 
     def save(directory: Path) -> None:
@@ -294,15 +311,22 @@ def make_task(config: TranslationConfig, mesh: jax.sharding.Mesh) -> training.Ta
         if start is not None:
             save_start(start._replace(model=model), directory)
 
-    make_params = functools.partial(init_params, model, seed=config.training.seed)
+    def make_params() -> Any:
+        made = init_params(model, seed=config.training.seed)
+        return gated_params(model, made, config.gates)
+
     has_valid = len(prepared.valid.source) > 0
     return training.Task(
-        params=make_params if start is None else start.params,
+        params=make_params
+        if start is None
+        else gated_params(model, start.params, config.gates),
         loss_fn=_loss(config, model, tokenizer, teacher),
         iterator=data.train_iterator(prepared.stream),
         share=share,
         evaluate=_validation(config, model, prepared, mesh) if has_valid else None,
         finetune=config.finetune,
+        sparsity=config.sparsity if config.sparsity.on else None,
+        masks=masks,
         report=prepared.report,
         identity={
             "tokenizer": tokenizer.digest,
@@ -427,6 +451,7 @@ def _loss(
         eos=tokenizer.eos,
         quantise=config.quantise,
         teacher=teacher,
+        gates=config.gates,
     )
 
 
@@ -461,9 +486,10 @@ def _validation(
         )
         del means["tokens"]
         if shown:
+            ungated = folded_params(model, params, config.gates)
             translator = Translator(
                 model,
-                quantised_params(model, params, config.quantise),
+                quantised_params(model, ungated, config.quantise),
                 prepared.tokenizer,
                 decoding=greedy,
                 mesh=mesh,

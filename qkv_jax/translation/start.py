@@ -37,6 +37,7 @@ from qkv_jax.translation.config import (
 from qkv_jax.translation.models import (
     FLOAT,
     ModelConfig,
+    folded_params,
     model_shapes,
     quantised_params,
 )
@@ -281,6 +282,23 @@ def started(config: TranslationConfig) -> Start | None:
     return start._replace(model=dataclasses.replace(start.model, **changes))
 
 
+def check_prunable(config: ModelConfig, model: str | Path, *, heads: bool) -> None:
+    """Raises RunError where layers, or heads one by one, of a model cannot be removed."""
+    if not isinstance(config, seq2seq.Config):
+        return
+    kinds = {config.encoder_attention.name, config.decoder_attention.name}
+    if kinds != {seq2seq.Config().encoder_attention.name}:
+        raise training.RunError(
+            f"{model} has self-attention of the kinds {', '.join(sorted(kinds))}, whose own "
+            "parameters belong to heads and places of layers: only plain attention is pruned."
+        )
+    if heads and config.positions == "relative":
+        raise training.RunError(
+            f"{model} has relative positions, whose biases all layers of a side share, a column a "
+            "head: prune feed_forward or layers."
+        )
+
+
 def run_model(
     config: TranslationConfig, tokenizer: SentenceTokenizer, directory: Path
 ) -> ModelConfig:
@@ -409,13 +427,17 @@ def _of_run(
     tag = _tag(directory, config, languages)
     pretrained, tokenizer = _tokenizer(directory, config.languages, tag)
     model = run_model(config, tokenizer, directory)
+    if checkpoint is None and (config.gates.on or config.sparsity.on):
+        # The best is often one from before heads or weights went.
+        checkpoint = "latest" if config.training.average == 1 else None
     params = training.load_params(
         directory,
-        model_shapes(model),
+        model_shapes(model, gates=config.gates),
         checkpoint=checkpoint,
         average=config.training.average,
         finetune=config.finetune,
     )
+    params = folded_params(model, params, config.gates)
     if pretrained is not None and isinstance(model, seq2seq.Config):
         pretrained = dataclasses.replace(pretrained, config=model, params=params)
     start = Start(model, params, tokenizer, config.decoding, pretrained)

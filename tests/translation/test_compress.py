@@ -11,7 +11,12 @@ from qkv_jax.compression import Pruning, Quantisation
 from qkv_jax.interop import InteropError
 from qkv_jax.training import RunError, flatten
 from qkv_jax.translation import load_run, load_translator
-from qkv_jax.translation.compress import compress_model, disk_bytes, prune_model
+from qkv_jax.translation.compress import (
+    compress_model,
+    disk_bytes,
+    kept_heads,
+    prune_model,
+)
 from qkv_jax.translation.exchange import export_model
 from qkv_jax.translation.models import param_count
 from qkv_jax.translation.run import make_loss
@@ -117,6 +122,8 @@ def test_a_pruned_model_is_smaller_and_is_used_as_any_other(finished, tmp_path):
     assert sum(counts) == 4 and len(counts) == 3  # Of 6.
     assert (pruned.model.d_ff, pruned.model.head_size) == (16, 8)
     assert load_start(tmp_path / "out").model == pruned.model
+    kept = [found["kept"] for found in kept_heads(tmp_path / "out")[1].values()]
+    assert tuple(map(len, kept)) == counts
     size = sum(x.size for x in jax.tree.leaves(pruned.params))
     assert size == param_count(pruned.model) < param_count(whole)
     found = load_translator(tmp_path / "out")
