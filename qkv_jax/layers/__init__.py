@@ -21,6 +21,8 @@ from qkv_jax.layers.recurrent import ALIGNMENTS as ALIGNMENTS
 from qkv_jax.layers.recurrent import GRU as GRU
 from qkv_jax.layers.recurrent import Alignment as Alignment
 from qkv_jax.layers.recurrent import RecurrentAttention as RecurrentAttention
+from qkv_jax.layers.stack import Remat as Remat
+from qkv_jax.layers.stack import run_blocks as run_blocks
 from qkv_jax.layers.transformer import DecoderBlock as DecoderBlock
 from qkv_jax.layers.transformer import EncoderBlock as EncoderBlock
 from qkv_jax.layers.transformer import NormPlace as NormPlace

@@ -43,7 +43,7 @@ class Config:
     alignment: Alignment = "additive"
     half_width: int = 10
     dropout: float = 0.2
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     pad: int = 0
 
     def __post_init__(self):
@@ -56,9 +56,9 @@ class Config:
             raise ValueError(
                 f"alignment must be one of {list(ALIGNMENTS)}; got {self.alignment!r}."
             )
-        if self.dtype not in ("float32", "bfloat16"):
+        if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(
-                f"dtype must be 'float32' or 'bfloat16'; got {self.dtype!r}."
+                f"dtype must be 'float32', 'bfloat16' or 'float16'; got {self.dtype!r}."
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1); got {self.dropout}.")

@@ -62,7 +62,7 @@ class Config:
     augmentation: PixelChanges = field(default_factory=PixelChanges)
     label_smoothing: float = 0.1
     flip_average: bool = True
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self):
         if len(self.widths) != len(self.blocks) or not self.widths:

@@ -69,7 +69,7 @@ class Config:
     augmentation: PixelChanges = field(default_factory=PixelChanges)
     label_smoothing: float = 0.1
     flip_average: bool = True
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self):
         if not self.attention:

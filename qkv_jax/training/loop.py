@@ -22,6 +22,7 @@ from qkv_jax.training.optimizers import (
     make_optimizer,
     make_schedule,
 )
+from qkv_jax.training.precision import PrecisionConfig, widen
 from qkv_jax.training.sharding import auto_mesh, make_mesh, place_batch
 from qkv_jax.training.state import TrainState, create_state
 from qkv_jax.training.step import LossFn, make_train_step
@@ -99,13 +100,22 @@ class TrainingConfig:
             )
 
 
-def check_optimizer(optimizer: OptimizerConfig, config: TrainingConfig) -> None:
+def check_optimizer(
+    optimizer: OptimizerConfig,
+    config: TrainingConfig,
+    precision: PrecisionConfig = PrecisionConfig(),
+) -> None:
     """Raises ValueError where an optimizer does not fit how a run trains."""
     make_schedule(optimizer, config.steps)
     if optimizer.averages and config.ema_decay is not None:
         raise ValueError(
             f"ema_decay must be None for name={optimizer.name!r}, which has an average of its own; "
             f"got {config.ema_decay}."
+        )
+    if optimizer.averages and precision.moments != "float32":
+        raise ValueError(
+            f"precision.moments must be 'float32' for name={optimizer.name!r}, whose state is what "
+            f"it averages, all of it to the end; got {precision.moments!r}."
         )
 
 
@@ -191,6 +201,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     mesh: Mesh | None = None,
     finetune: FinetuneConfig | None = None,
+    precision: PrecisionConfig = PrecisionConfig(),
     unit: str = "tokens",
     console: Console | None = None,
 ) -> TrainResult:
@@ -215,6 +226,8 @@ def train(
         mesh: see make_mesh; None: all devices.
         finetune: which part of params is trained; None: all. evaluate gets all of them, merged;
             the states that callbacks and the result have are parted, see merge_params.
+        precision: what is kept of params and of the optimizer's state, in which dtype; evaluate
+            gets float32. The precision that loss_fn computes in is its own.
         unit: what the loss is a mean over, for messages.
         console: for progress; None: standard error.
 
@@ -234,7 +247,9 @@ def train(
         raise ValueError("patience needs evaluate; pass a function, or patience=None.")
     began = time.perf_counter()
     mesh = auto_mesh(mesh or make_mesh())
-    step_fn, state = _build(params, loss_fn, optimizer, config, mesh, finetune)
+    step_fn, state = _build(
+        params, loss_fn, optimizer, config, mesh, finetune, precision
+    )
     with CheckpointStore(directory, keep=config.keep) as store:
         state, record = _resume(store, state, iterator)
         with (
@@ -282,9 +297,10 @@ def _build(
     config: TrainingConfig,
     mesh: Mesh,
     finetune: FinetuneConfig | None,
+    precision: PrecisionConfig,
 ) -> tuple["_CountedStep", TrainState]:
     """The compiled step of this configuration, and its first state."""
-    check_optimizer(optimizer, config)
+    check_optimizer(optimizer, config, precision)
     transformation = make_optimizer(optimizer, config.steps)
     step = make_train_step(
         loss_fn,
@@ -296,6 +312,7 @@ def _build(
         averaged=averaged_params if optimizer.averages else None,
         rng_impl=config.rng_impl,
         finetune=finetune,
+        precision=precision,
     )
     state = create_state(
         params,
@@ -305,6 +322,7 @@ def _build(
         rng_impl=config.rng_impl,
         ema=config.ema_decay is not None or optimizer.averages,
         finetune=finetune,
+        precision=precision,
     )
     return _CountedStep(step), state
 
@@ -418,7 +436,7 @@ class _Session:
         if self.evaluate is None or not due:
             return False
         self.log.flush()
-        trained = state.params if state.ema is None else state.ema
+        trained = widen(state.params if state.ema is None else state.ema)
         record.pending = True
         values = self.evaluate(merge_params(trained, state.constant, self.finetune))
         record.pending = False

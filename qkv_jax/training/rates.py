@@ -134,7 +134,11 @@ def find_rate(
         rates.steps,
         schedule=lambda count: rates.low * rates.factor**count,
     )
-    options: dict[str, Any] = {"rng_impl": training.rng_impl, "finetune": task.finetune}
+    options: dict[str, Any] = {
+        "rng_impl": training.rng_impl,
+        "finetune": task.finetune,
+        "precision": config.precision,
+    }
     state = create_state(
         task.params, optimizer, seed=training.seed, mesh=mesh, **options
     )

@@ -10,6 +10,12 @@ import optax
 from jax.sharding import Mesh
 
 from qkv_jax.training.adapters import FinetuneConfig, split_params
+from qkv_jax.training.precision import (
+    PrecisionConfig,
+    keep_moments,
+    keep_params,
+    start_precision,
+)
 from qkv_jax.training.sharding import place_state, state_shardings
 
 
@@ -20,13 +26,14 @@ class TrainState:
 
     Attributes:
         step: () int32, updates made.
-        params: pytree of float32 arrays: all of the model, or the part that is trained, see
-            split_params.
+        params: pytree of float32 arrays, or of bfloat16 ones, see PrecisionConfig: all of the
+            model, or the part that is trained, see split_params.
         opt_state: the optimizer's.
         rng: key data (not a typed key, so that it can be saved), the same in all steps: step n
             uses fold_in(rng, n), whether or not the run was interrupted before n.
         ema: average of params, exponential or the optimizer's own: what is evaluated; or None.
         constant: the part of the model that is not trained, see split_params; None: there is none.
+        precision: see PrecisionState; None: the policy remembers nothing.
     """
 
     step: jax.Array
@@ -35,6 +42,7 @@ class TrainState:
     rng: jax.Array
     ema: Any = None
     constant: Any = None
+    precision: Any = None
 
 
 def create_state(
@@ -46,6 +54,7 @@ def create_state(
     rng_impl: str = "rbg",
     ema: bool = False,
     finetune: FinetuneConfig | None = None,
+    precision: PrecisionConfig = PrecisionConfig(),
 ) -> TrainState:
     """The state before the first step, made on the mesh: shapes first, then places, then values.
 
@@ -59,11 +68,12 @@ def create_state(
         rng_impl: jax PRNG implementation; "rbg" is cheap on CPU and on accelerators.
         ema: keep an average of what is trained, which starts at it.
         finetune: which part is trained; None: all.
+        precision: what is kept of it.
 
     Raises:
         ValueError: the mesh does not divide the model, see state_shardings; or see split_params.
     """
-    create = _creator(params, optimizer, seed, rng_impl, ema, finetune)
+    create = _creator(params, optimizer, seed, rng_impl, ema, finetune, precision)
     given = None if callable(params) else place_state(params, mesh)
     places = state_shardings(jax.eval_shape(create, given), mesh)
     return jax.jit(create, out_shardings=places)(given)
@@ -77,10 +87,11 @@ def abstract_state(
     rng_impl: str = "rbg",
     ema: bool = False,
     finetune: FinetuneConfig | None = None,
+    precision: PrecisionConfig = PrecisionConfig(),
 ) -> TrainState:
     """The shapes, dtypes and shardings of what create_state would make; nothing is made."""
     shapes = jax.eval_shape(
-        _creator(params, optimizer, 0, rng_impl, ema, finetune), None
+        _creator(params, optimizer, 0, rng_impl, ema, finetune, precision), None
     )
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
@@ -89,17 +100,20 @@ def abstract_state(
     )
 
 
-def _creator(params, optimizer, seed: int, rng_impl: str, ema: bool, finetune):
+def _creator(
+    params, optimizer, seed: int, rng_impl: str, ema: bool, finetune, precision
+):
     def create(given: Any) -> TrainState:
         whole = params() if callable(params) else given
         made, constant = split_params(whole, finetune, seed=seed)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
-            params=made,
-            opt_state=optimizer.init(made),
+            params=keep_params(precision, made, None)[0],
+            opt_state=keep_moments(precision, optimizer.init(made), None),
             rng=jax.random.key_data(jax.random.key(seed, impl=rng_impl)),
             ema=made if ema else None,
             constant=constant,
+            precision=start_precision(precision, made),
         )
 
     return create

@@ -34,6 +34,7 @@ from qkv_jax.training.model_card import (
     table,
 )
 from qkv_jax.training.optimizers import OptimizerConfig
+from qkv_jax.training.precision import PrecisionConfig
 from qkv_jax.training.runs import RunConfig, finish_run, locked, open_run, write_text
 from qkv_jax.training.sharding import MeshConfig, make_mesh, state_shardings
 from qkv_jax.training.step import LossFn
@@ -111,6 +112,8 @@ class Trainable(Protocol):
     def optimizer(self) -> OptimizerConfig: ...
     @property
     def training(self) -> TrainingConfig: ...
+    @property
+    def precision(self) -> PrecisionConfig: ...
     @property
     def mesh(self) -> MeshConfig: ...
     @property
@@ -210,6 +213,7 @@ def _train_task(
         optimizer=config.optimizer,
         config=config.training,
         finetune=task.finetune,
+        precision=config.precision,
         iterator=task.iterator,
         share=task.share,
         directory=directory,

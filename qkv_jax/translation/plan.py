@@ -30,7 +30,9 @@ def plan_run(config: TranslationConfig) -> Plan:
     """
     text = config.text
     start = started(config)
-    model = dataclasses.replace(config.model, vocabulary=text.vocabulary, pad=PAD)
+    model = dataclasses.replace(
+        config.computed_model, vocabulary=text.vocabulary, pad=PAD
+    )
     model = model if start is None else start.model
     if not isinstance(model, seq2seq.Config):
         raise training.RunError("plan knows what a Transformer costs, not this model")
@@ -45,6 +47,7 @@ def plan_run(config: TranslationConfig) -> Plan:
             rng_impl=config.training.rng_impl,
             ema=config.training.ema_decay is not None or config.optimizer.averages,
             finetune=config.finetune,
+            precision=config.precision,
         )
     except ValueError as error:
         raise training.RunError(f"mesh: {error}") from error
@@ -57,6 +60,7 @@ def plan_run(config: TranslationConfig) -> Plan:
         averaged=training.averaged_params if config.optimizer.averages else None,
         rng_impl=config.training.rng_impl,
         finetune=config.finetune,
+        precision=config.precision,
     )
     multiple = training.batch_shares(mesh) * config.training.accumulate
     rows = max(multiple, text.batch_tokens // text.max_target // multiple * multiple)
