@@ -92,6 +92,7 @@ SLOW = [
     ("test_experiments.py", "test_it_trains_two_steps_shrunk[tatoeba]"),
     ("test_experiments.py", "test_it_trains_two_steps_shrunk[wmt14]"),
     ("test_experiments.py", "test_the_lesson_runs_as_a_script"),
+    ("training/test_precision.py", "test_a_resumed_run", "[kahan]"),
     ("translation/test_compress.py", "test_a_pruned_model_is_trained_on"),
     ("translation/test_compress.py", "test_a_quantised_model_is_exported_and"),
     ("translation/test_compress.py", "test_a_run_that_is_trained_to_be_rounded"),

@@ -14,6 +14,7 @@ from qkv_jax.layers.feed_forward import FeedForward as FeedForward
 from qkv_jax.layers.halting import AdaptiveDepth as AdaptiveDepth
 from qkv_jax.layers.halting import Halted as Halted
 from qkv_jax.layers.kinds import AttentionKind as AttentionKind
+from qkv_jax.layers.linear import Linear as Linear
 from qkv_jax.layers.norm import Normalisation as Normalisation
 from qkv_jax.layers.norm import make_norm as make_norm
 from qkv_jax.layers.qkv import QKVAttention as QKVAttention

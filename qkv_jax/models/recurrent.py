@@ -11,7 +11,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qkv_jax.layers import ALIGNMENTS, GRU, Alignment, Embedding, RecurrentAttention
+from qkv_jax.layers import (
+    ALIGNMENTS,
+    GRU,
+    Alignment,
+    Embedding,
+    Linear,
+    RecurrentAttention,
+)
 from qkv_jax.models.seq2seq import Segments
 from qkv_jax.ops import Mask, dropout, masks, pin, split_rng
 
@@ -111,7 +118,7 @@ class Model(nnx.Module):
         D, dtype = config.d_model, jnp.dtype(config.dtype)
 
         def linear(width: int) -> nnx.Linear:
-            return nnx.Linear(
+            return Linear(
                 width,
                 D,
                 dtype=dtype,

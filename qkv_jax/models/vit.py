@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qkv_jax.layers import EncoderBlock, make_norm
+from qkv_jax.layers import EncoderBlock, Linear, make_norm
 from qkv_jax.models.image_classification import (
     PixelChanges,
     check_sizes,
@@ -219,7 +219,7 @@ class Stem(nnx.Module):
                     )
                 )
                 width = out
-        self.out = nnx.Linear(
+        self.out = Linear(
             width * size**2,
             D,
             dtype=dtype,

@@ -22,7 +22,7 @@ from qkv_jax.training.optimizers import (
     make_optimizer,
     make_schedule,
 )
-from qkv_jax.training.precision import PrecisionConfig, widen
+from qkv_jax.training.precision import DEFAULT, PrecisionConfig, widen
 from qkv_jax.training.sharding import auto_mesh, make_mesh, place_batch
 from qkv_jax.training.state import TrainState, create_state
 from qkv_jax.training.step import LossFn, make_train_step
@@ -103,7 +103,7 @@ class TrainingConfig:
 def check_optimizer(
     optimizer: OptimizerConfig,
     config: TrainingConfig,
-    precision: PrecisionConfig = PrecisionConfig(),
+    precision: PrecisionConfig = DEFAULT,
 ) -> None:
     """Raises ValueError where an optimizer does not fit how a run trains."""
     make_schedule(optimizer, config.steps)
@@ -201,7 +201,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     mesh: Mesh | None = None,
     finetune: FinetuneConfig | None = None,
-    precision: PrecisionConfig = PrecisionConfig(),
+    precision: PrecisionConfig = DEFAULT,
     unit: str = "tokens",
     console: Console | None = None,
 ) -> TrainResult:

@@ -116,6 +116,9 @@ class PrecisionConfig:
             _check_needed_scale(self.compute, self.loss_scale, "compute")
 
 
+DEFAULT = PrecisionConfig()
+
+
 def float32() -> PrecisionConfig:
     """Float32 throughout."""
     return PrecisionConfig(compute="float32")

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from qkv_jax.training.adapters import FinetuneConfig, split_params
 from qkv_jax.training.precision import (
+    DEFAULT,
     PrecisionConfig,
     keep_moments,
     keep_params,
@@ -54,7 +55,7 @@ def create_state(
     rng_impl: str = "rbg",
     ema: bool = False,
     finetune: FinetuneConfig | None = None,
-    precision: PrecisionConfig = PrecisionConfig(),
+    precision: PrecisionConfig = DEFAULT,
 ) -> TrainState:
     """The state before the first step, made on the mesh: shapes first, then places, then values.
 
@@ -87,7 +88,7 @@ def abstract_state(
     rng_impl: str = "rbg",
     ema: bool = False,
     finetune: FinetuneConfig | None = None,
-    precision: PrecisionConfig = PrecisionConfig(),
+    precision: PrecisionConfig = DEFAULT,
 ) -> TrainState:
     """The shapes, dtypes and shardings of what create_state would make; nothing is made."""
     shapes = jax.eval_shape(

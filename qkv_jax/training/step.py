@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from qkv_jax.training.adapters import FinetuneConfig, merge_params
 from qkv_jax.training.precision import (
+    DEFAULT,
     PrecisionConfig,
     adjust_scale,
     keep_moments,
@@ -48,7 +49,7 @@ def make_train_step(
     averaged: Callable[[Any, Any], Any] | None = None,
     rng_impl: str = "rbg",
     finetune: FinetuneConfig | None = None,
-    precision: PrecisionConfig = PrecisionConfig(),
+    precision: PrecisionConfig = DEFAULT,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A jitted step that minimises the loss per real token of the whole batch.
 
