@@ -89,7 +89,7 @@ class Setup:
 def main(setup: Setup) -> dict[str, dict[str, dict[str, float]]]:
     """Measures, prints the tables, and returns them."""
     found = {}
-    model = dataclasses.replace(CONFIG.model, vocabulary=CONFIG.text.vocabulary)
+    model: Any = dataclasses.replace(CONFIG.model, vocabulary=CONFIG.text.vocabulary)
     if setup.layers is not None:
         sizes = {"encoder_layers": setup.layers, "decoder_layers": setup.layers}
         model = dataclasses.replace(model, **sizes)
@@ -195,7 +195,9 @@ def losses(setup: Setup) -> dict[str, dict[str, float]]:
 def trained(policy: PrecisionConfig, seed: int, setup: Setup) -> dict[str, float]:
     """The validation loss of the demo after some updates."""
     updates = setup.updates
-    once = {"steps": updates, "evaluate_every": updates, "checkpoint_every": updates}
+    once: dict[str, Any] = {
+        name: updates for name in ("steps", "evaluate_every", "checkpoint_every")
+    }
     config: TranslationConfig = dataclasses.replace(
         CONFIG,
         precision=policy,

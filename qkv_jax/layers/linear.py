@@ -8,10 +8,14 @@ from flax import nnx
 Array = jax.Array
 
 
-def _promote(arrays: tuple[Any, ...], *, dtype: Any) -> tuple[Any, ...]:
+def _promote(arrays: Any, *, dtype: Any) -> Any:
     """All in the dtype of the computation but the bias, whose gradient is a sum over all tokens."""
     *products, bias = arrays
     return *(x.astype(dtype) for x in products), bias
+
+
+# Flax's type for it has more arguments than it is ever given.
+PROMOTE: Any = _promote
 
 
 class Linear(nnx.Linear):
@@ -19,11 +23,11 @@ class Linear(nnx.Linear):
 
     def __init__(self, *sizes: Any, dtype: Any, **options: Any):
         """Arguments as for `nnx.Linear`."""
-        super().__init__(*sizes, dtype=dtype, promote_dtype=_promote, **options)
+        super().__init__(*sizes, dtype=dtype, promote_dtype=PROMOTE, **options)
 
-    def __call__(self, inputs: Array) -> Array:
+    def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
         """x (..., C) -> (..., F)."""
-        return super().__call__(inputs).astype(self.dtype)
+        return super().__call__(inputs, out_sharding).astype(self.dtype)
 
 
 class LinearGeneral(nnx.LinearGeneral):
@@ -31,8 +35,8 @@ class LinearGeneral(nnx.LinearGeneral):
 
     def __init__(self, *sizes: Any, dtype: Any, **options: Any):
         """Arguments as for `nnx.LinearGeneral`."""
-        super().__init__(*sizes, dtype=dtype, promote_dtype=_promote, **options)
+        super().__init__(*sizes, dtype=dtype, promote_dtype=PROMOTE, **options)
 
-    def __call__(self, inputs: Array) -> Array:
+    def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
         """x (..., *in) -> (..., *out)."""
-        return super().__call__(inputs).astype(self.dtype)
+        return super().__call__(inputs, out_sharding).astype(self.dtype)

@@ -44,6 +44,10 @@ def run_blocks(
     Raises:
         ValueError: scan, and the blocks are not alike but for the values of their weights.
     """
+    if remat == "none" and not scan:
+        for block, rng in zip(blocks, rngs, strict=True):
+            x = call(block, x, rng)
+        return x
     parts = [nnx.split(block) for block in blocks]
     graph = parts[0][0]
 
@@ -66,7 +70,7 @@ def run_blocks(
             "values of their weights: leave scan False."
         )
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *states)
-    drawn = None if rngs[0] is None else jnp.stack(rngs)
+    drawn = None if rngs[0] is None else jnp.stack(list[Any](rngs))
 
     def step(x: Array, part: Any) -> tuple[Array, None]:
         state, rng = part

@@ -282,15 +282,15 @@ def _round_all(tree: Any, rng: Any) -> Any:
     """Arrays rounded, numbers as they are; rng None: to the nearest."""
     leaves, structure = jax.tree.flatten(tree)
     if rng is None:
-        return structure.unflatten(
-            x.astype(jnp.bfloat16) if _is_rounded(x) else x for x in leaves
-        )
-    # All seeds by one draw: a draw for each would be most of what there is to compile.
-    seeds = jax.random.bits(rng, (len(leaves),), jnp.uint32)
-    return structure.unflatten(
-        stochastic_round(x, seed) if _is_rounded(x) else x
-        for x, seed in zip(leaves, seeds)
-    )
+        rounded = [x.astype(jnp.bfloat16) if _is_rounded(x) else x for x in leaves]
+    else:
+        # All seeds by one draw: a draw for each would be most of what there is to compile.
+        seeds = jax.random.bits(rng, (len(leaves),), jnp.uint32)
+        rounded = [
+            stochastic_round(x, seed) if _is_rounded(x) else x
+            for x, seed in zip(leaves, seeds)
+        ]
+    return jax.tree.unflatten(structure, rounded)
 
 
 def _is_rounded(x: Array) -> bool:
