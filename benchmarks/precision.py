@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import io
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -183,12 +184,12 @@ def drawn(model: seq2seq.Config, setup: Setup) -> dict[str, np.ndarray]:
 
 def losses(setup: Setup) -> dict[str, dict[str, float]]:
     """The validation loss of each policy at the first seed, and of float32 at all."""
+    runs = {f"float32, seed {seed}": ("float32", seed) for seed in setup.seeds}
+    runs |= {n: (n, setup.seeds[0]) for n in setup.chosen if n != "float32"}
     table: dict[str, dict[str, float]] = {}
-    for seed in setup.seeds:
-        table[f"float32, seed {seed}"] = trained(POLICIES["float32"], seed, setup)
-    for name, policy in setup.chosen.items():
-        if name != "float32":
-            table[name] = trained(policy, setup.seeds[0], setup)
+    for row, (name, seed) in runs.items():
+        table[row] = trained(POLICIES[name], seed, setup)
+        print(row, table[row], file=sys.stderr, flush=True)
     return table
 
 
