@@ -57,6 +57,7 @@ class Setup:
         policies: of which; none: all.
         rows, length: of a drawn batch.
         layers: of each side; None: the demo's.
+        vocabulary, batch_tokens: of a training; None: the demo's.
         rounds: turns of each row of a table.
         steps: of a turn.
         updates: of a training; 0: none.
@@ -68,6 +69,8 @@ class Setup:
     rows: int = 12
     length: int = 128
     layers: int | None = None
+    vocabulary: int | None = None
+    batch_tokens: int | None = None
     rounds: int = 5
     steps: int = 2
     updates: int = 0
@@ -81,6 +84,14 @@ class Setup:
             )
 
     @property
+    def model(self) -> Any:
+        """The demo's, of as many layers as are asked for."""
+        demo: Any = CONFIG.model
+        count = self.layers or demo.encoder_layers
+        sizes: dict[str, Any] = {"encoder_layers": count, "decoder_layers": count}
+        return dataclasses.replace(demo, **sizes)
+
+    @property
     def chosen(self) -> dict[str, PrecisionConfig]:
         return {
             n: p for n, p in POLICIES.items() if not self.policies or n in self.policies
@@ -90,10 +101,7 @@ class Setup:
 def main(setup: Setup) -> dict[str, dict[str, dict[str, float]]]:
     """Measures, prints the tables, and returns them."""
     found = {}
-    model: Any = dataclasses.replace(CONFIG.model, vocabulary=CONFIG.text.vocabulary)
-    if setup.layers is not None:
-        sizes = {"encoder_layers": setup.layers, "decoder_layers": setup.layers}
-        model = dataclasses.replace(model, **sizes)
+    model: Any = dataclasses.replace(setup.model, vocabulary=CONFIG.text.vocabulary)
     if "policies" in setup.parts:
         rows = {name: (model, policy) for name, policy in setup.chosen.items()}
         found["policies"] = costs(rows, setup)
@@ -183,9 +191,10 @@ def drawn(model: seq2seq.Config, setup: Setup) -> dict[str, np.ndarray]:
 
 
 def losses(setup: Setup) -> dict[str, dict[str, float]]:
-    """The validation loss of each policy at the first seed, and of float32 at all."""
-    runs = {f"float32, seed {seed}": ("float32", seed) for seed in setup.seeds}
-    runs |= {n: (n, setup.seeds[0]) for n in setup.chosen if n != "float32"}
+    """The validation loss of each policy at the first seed, and of float32 at the others too."""
+    first, *more = setup.seeds
+    runs = {name: (name, first) for name in setup.chosen}
+    runs |= {f"float32, seed {seed}": ("float32", seed) for seed in more}
     table: dict[str, dict[str, float]] = {}
     for row, (name, seed) in runs.items():
         table[row] = trained(POLICIES[name], seed, setup)
@@ -201,6 +210,12 @@ def trained(policy: PrecisionConfig, seed: int, setup: Setup) -> dict[str, float
     }
     config: TranslationConfig = dataclasses.replace(
         CONFIG,
+        text=dataclasses.replace(
+            CONFIG.text,
+            vocabulary=setup.vocabulary or CONFIG.text.vocabulary,
+            batch_tokens=setup.batch_tokens or CONFIG.text.batch_tokens,
+        ),
+        model=setup.model,
         precision=policy,
         optimizer=dataclasses.replace(
             CONFIG.optimizer, warmup_steps=max(1, updates // 10)
