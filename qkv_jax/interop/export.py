@@ -195,6 +195,7 @@ def _restated(model: Trained) -> tuple[Config, dict[str, np.ndarray]]:
     """The same computation, with nothing said that can be left out."""
     config, named = with_all_key_heads(model.config, named_arrays(model))
     changes: dict[str, Any] = {"zero_pad": False, "dtype": "float32", "context": "ring"}
+    changes |= {"output_dtype": None, "remat": "none", "scan_layers": False}
     if config.decoder_heads == config.heads:
         changes["decoder_heads"] = None
     if config.decoder_d_ff == config.d_ff:

@@ -14,6 +14,7 @@ from qkv_jax.layers.feed_forward import FeedForward as FeedForward
 from qkv_jax.layers.halting import AdaptiveDepth as AdaptiveDepth
 from qkv_jax.layers.halting import Halted as Halted
 from qkv_jax.layers.kinds import AttentionKind as AttentionKind
+from qkv_jax.layers.linear import Linear as Linear
 from qkv_jax.layers.norm import Normalisation as Normalisation
 from qkv_jax.layers.norm import make_norm as make_norm
 from qkv_jax.layers.qkv import QKVAttention as QKVAttention
@@ -21,6 +22,8 @@ from qkv_jax.layers.recurrent import ALIGNMENTS as ALIGNMENTS
 from qkv_jax.layers.recurrent import GRU as GRU
 from qkv_jax.layers.recurrent import Alignment as Alignment
 from qkv_jax.layers.recurrent import RecurrentAttention as RecurrentAttention
+from qkv_jax.layers.stack import Remat as Remat
+from qkv_jax.layers.stack import run_blocks as run_blocks
 from qkv_jax.layers.transformer import DecoderBlock as DecoderBlock
 from qkv_jax.layers.transformer import EncoderBlock as EncoderBlock
 from qkv_jax.layers.transformer import NormPlace as NormPlace

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qkv_jax.layers.kinds import SOFTMAX, AttentionKind, directions, whole_keys
+from qkv_jax.layers.linear import LinearGeneral
 from qkv_jax.ops import (
     Ancestry,
     ContextMethod,
@@ -74,7 +75,7 @@ class MultiHeadAttention(nnx.Module):
         size = d_model // heads if head_size is None else head_size
 
         def project(count: int, name: str) -> nnx.LinearGeneral:
-            return nnx.LinearGeneral(
+            return LinearGeneral(
                 d_model,
                 (count, size),
                 use_bias=bias,
@@ -88,7 +89,7 @@ class MultiHeadAttention(nnx.Module):
         self.query = project(heads, "heads")
         self.key = project(kv_heads, "kv_heads")
         self.value = None if kind.share_key_value else project(kv_heads, "kv_heads")
-        self.out = nnx.LinearGeneral(
+        self.out = LinearGeneral(
             (heads, size),
             d_model,
             axis=(-2, -1),
@@ -348,5 +349,6 @@ def _products(layers: list[nnx.LinearGeneral], x: Array) -> list[Array]:
     y = jnp.einsum("BTD,DINH->BTINH", x.astype(dtype), kernels.astype(dtype))
     biases = [layer.bias[...] for layer in layers if layer.bias is not None]
     if biases:
-        y = y + jnp.stack(biases).astype(dtype)[None, None]
+        # In float32, as by layers.linear.
+        y = (y + jnp.stack(biases)[None, None]).astype(dtype)
     return [y[:, :, i] for i in range(len(layers))]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qkv_jax.layers.linear import Linear
 from qkv_jax.layers.norm import make_norm
 
 Array = jax.Array
@@ -44,7 +45,7 @@ class Convolution(nnx.Module):
             raise ValueError(f"size must be odd and positive; got {size}.")
 
         def linear(wide: int, narrow: int, axes: tuple[str, str]) -> nnx.Linear:
-            return nnx.Linear(
+            return Linear(
                 wide,
                 narrow,
                 dtype=dtype,

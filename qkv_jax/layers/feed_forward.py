@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qkv_jax.layers.linear import Linear
 from qkv_jax.ops import dropout
 
 Array = jax.Array
@@ -42,7 +43,7 @@ class FeedForward(nnx.Module):
             )
 
         def linear(wide: int, narrow: int, axes: tuple[str, str]) -> nnx.Linear:
-            return nnx.Linear(
+            return Linear(
                 wide,
                 narrow,
                 use_bias=bias,

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qkv_jax.layers.linear import Linear
 from qkv_jax.ops import Mask, Score, dot_product_attention
 
 Array = jax.Array
@@ -54,7 +55,7 @@ class QKVAttention(nnx.Module):
         """
 
         def project(width: int) -> nnx.Linear:
-            return nnx.Linear(
+            return Linear(
                 d_model,
                 width,
                 use_bias=False,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qkv_jax.layers.linear import Linear
 from qkv_jax.ops import (
     Mask,
     additive_attention,
@@ -121,7 +122,7 @@ class RecurrentAttention(nnx.Module):
         """
 
         def project(bias: bool) -> nnx.Linear:
-            return nnx.Linear(
+            return Linear(
                 d_model,
                 d_model,
                 use_bias=bias,

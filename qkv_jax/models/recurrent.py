@@ -11,7 +11,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qkv_jax.layers import ALIGNMENTS, GRU, Alignment, Embedding, RecurrentAttention
+from qkv_jax.layers import (
+    ALIGNMENTS,
+    GRU,
+    Alignment,
+    Embedding,
+    Linear,
+    RecurrentAttention,
+)
 from qkv_jax.models.seq2seq import Segments
 from qkv_jax.ops import Mask, dropout, masks, pin, split_rng
 
@@ -43,7 +50,7 @@ class Config:
     alignment: Alignment = "additive"
     half_width: int = 10
     dropout: float = 0.2
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     pad: int = 0
 
     def __post_init__(self):
@@ -56,9 +63,9 @@ class Config:
             raise ValueError(
                 f"alignment must be one of {list(ALIGNMENTS)}; got {self.alignment!r}."
             )
-        if self.dtype not in ("float32", "bfloat16"):
+        if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(
-                f"dtype must be 'float32' or 'bfloat16'; got {self.dtype!r}."
+                f"dtype must be 'float32', 'bfloat16' or 'float16'; got {self.dtype!r}."
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1); got {self.dropout}.")
@@ -111,7 +118,7 @@ class Model(nnx.Module):
         D, dtype = config.d_model, jnp.dtype(config.dtype)
 
         def linear(width: int) -> nnx.Linear:
-            return nnx.Linear(
+            return Linear(
                 width,
                 D,
                 dtype=dtype,

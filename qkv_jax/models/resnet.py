@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qkv_jax.layers import EncoderBlock
+from qkv_jax.layers import EncoderBlock, Linear
 from qkv_jax.models.image_classification import (
     PixelChanges,
     check_sizes,
@@ -62,7 +62,7 @@ class Config:
     augmentation: PixelChanges = field(default_factory=PixelChanges)
     label_smoothing: float = 0.1
     flip_average: bool = True
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self):
         if len(self.widths) != len(self.blocks) or not self.widths:
@@ -211,7 +211,7 @@ class ChannelAttention(nnx.Module):
         """Builds the two maps, which both kinds of summary go through."""
         hidden = max(1, width // config.reduction)
         self.squeeze, self.excite = (
-            nnx.Linear(
+            Linear(
                 inputs,
                 outputs,
                 dtype=jnp.dtype(config.dtype),

@@ -15,6 +15,7 @@ from qkv_jax.layers import (
     EncoderBlock,
     MultiHeadAttention,
     make_norm,
+    run_blocks,
 )
 from qkv_jax.models.seq2seq_config import (
     Config,
@@ -110,7 +111,7 @@ class Model(nnx.Module):
                 config.d_model,
                 scale=config.embedding_scale,
                 zero=config.pad if config.zero_pad else None,
-                dtype=dtype,
+                dtype=jnp.dtype(config.output_dtype or config.dtype),
                 rngs=rngs,
             )
 
@@ -218,8 +219,11 @@ class Model(nnx.Module):
             embed(source), _positions(source, segments), rng=rngs[0]
         )
         score = self._relative(self.encoder_bias, bidirectional=True)
-        for block, block_rng in zip(self.encoder, rngs[1:]):
-            x = block(x, mask=mask, score=score, rng=block_rng)
+
+        def call(block: EncoderBlock, x: Array, rng: Array | None) -> Array:
+            return block(x, mask=mask, score=score, rng=rng)
+
+        x = self._run(self.encoder, x, rngs[1:], call)
         x = x if self.encoder_norm is None else self.encoder_norm(x)
         return pin(x, "batch", "length"), lengths
 
@@ -241,19 +245,25 @@ class Model(nnx.Module):
         if segments is not None:
             mask = mask & masks.segments(segments.target)
             memory_mask = masks.segments(segments.target, segments.source)
-        for block, block_rng in zip(self.decoder, rngs[1:]):
-            x = block(
-                x,
-                memory,
-                mask=mask,
-                memory_mask=memory_mask,
-                score=score,
-                rng=block_rng,
-            )
+
+        def call(block: DecoderBlock, x: Array, rng: Array | None) -> Array:
+            rules: dict[str, Any] = {"mask": mask, "memory_mask": memory_mask}
+            return block(x, memory, **rules, score=score, rng=rng)
+
+        x = self._run(self.decoder, x, rngs[1:], call)
         return x if self.decoder_norm is None else self.decoder_norm(x)
 
+    def _run(self, blocks: Any, x: Array, rngs: Any, call: Any) -> Array:
+        if any(layer.record for layer in self.attention_layers().values()):
+            # What is recorded cannot leave what is computed again, or a loop.
+            return run_blocks(blocks, x, rngs, call)
+        config = self.config
+        return run_blocks(
+            blocks, x, rngs, call, remat=config.remat, scan=config.scan_layers
+        )
+
     def logits(self, states: Array) -> Array:
-        """Decoder states (..., D) -> logits (..., V) in the computation's dtype."""
+        """Decoder states (..., D) -> logits (..., V) in the output's dtype."""
         if self.config.output_scale != 1.0:
             states = states * self.config.output_scale
         logits = self.output_embedding.logits(states)
@@ -264,6 +274,7 @@ class Model(nnx.Module):
 
     def projection(self, states: Array) -> tuple[Array, Array]:
         """Decoder states (B, T, D) -> x (B, T, W) and table (V, W), whose product is the logits."""
+        states = states.astype(self.output_embedding.dtype)
         if self.config.output_scale != 1.0:
             states = states * self.config.output_scale
         table = self.output_embedding.weights()

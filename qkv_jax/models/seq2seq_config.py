@@ -10,16 +10,19 @@ from qkv_jax.layers import (
     Normalisation,
     NormPlace,
     Positions,
+    Remat,
 )
 from qkv_jax.ops import ContextMethod, check_method
 
-CHOICES: dict[str, tuple[str, ...]] = {
+CHOICES: dict[str, tuple[str | None, ...]] = {
     "activation": get_args(Activation),
     "norm": get_args(NormPlace),
     "normalisation": get_args(Normalisation),
     "positions": get_args(Positions),
     "tie": ("all", "target", "input", "none"),
-    "dtype": ("float32", "bfloat16"),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "output_dtype": ("float32", "bfloat16", "float16", None),
+    "remat": get_args(Remat),
     "context": get_args(ContextMethod),
 }
 SIZES = (
@@ -75,7 +78,14 @@ class Config:
         dropout: on each sublayer's output.
         embedding_dropout: on the embeddings; None: as `dropout`.
         attention_dropout, activation_dropout: on attention weights; after the activation.
-        dtype: of the computation; parameters are float32 always.
+        dtype: of the computation; parameters are drawn in float32.
+        output_dtype: of the product with the output embedding; None: dtype.
+        remat: what training keeps of each layer for its backward pass, see `run_blocks`: all
+            ("none" is computed again), the products with weights ("dots"), or its input alone
+            ("everything" is).
+        scan_layers: whether the layers of a side are one loop, see `run_blocks`: a program that
+            does not grow with their number, and a copy of their weights in each step. Cached
+            decoding is not. The same is computed.
         pad: the token that fills up rows and is never attended to.
         context: how attention shares out the lengths, on a mesh whose axis "context" is larger
             than 1: "ring", "zigzag", "ulysses", "gather", or "auto", see
@@ -118,7 +128,10 @@ class Config:
     embedding_dropout: float | None = None
     attention_dropout: float = 0.0
     activation_dropout: float = 0.0
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    output_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    remat: Remat = "none"
+    scan_layers: bool = False
     pad: int = 0
     context: ContextMethod = "auto"
 
@@ -141,6 +154,7 @@ class Config:
                 raise ValueError(f"{name} must be positive, or None; got {size}.")
         self._check_heads()
         self._check_kinds()
+        self._check_scan()
         if self.d_model % 2 and self.positions.startswith("sinusoid"):
             raise ValueError(f"sinusoids need an even d_model; got {self.d_model}.")
         if self.source_vocabulary and self.tie in ("all", "input"):
@@ -236,6 +250,24 @@ class Config:
                 raise ValueError(
                     f"{place}: {kind.name!r} has no dropout on weights: attention_dropout must be 0."
                 )
+
+    def _check_scan(self) -> None:
+        if not self.scan_layers:
+            return
+        for side in ("encoder", "decoder"):
+            count, kind = getattr(self, f"{side}_layers"), self.kind(side)
+            if len({kind.of_layer(i) for i in range(count)}) > 1:
+                raise ValueError(
+                    f"scan_layers needs the layers of a side to be alike, and {side}_attention.layers "
+                    f"names {kind.layers} of {count}: leave scan_layers False."
+                )
+            for part in ("attention", "cross") if side == "decoder" else ("attention",):
+                names = [f"{side}.{i}.{part}" for i in range(count)]
+                if len({self.heads_of(name) for name in names}) > 1:
+                    raise ValueError(
+                        "scan_layers needs the layers of a side to be alike, and heads_by_layer "
+                        f"gives the {side}'s different numbers of heads: leave scan_layers False."
+                    )
 
     def kind(self, side: Literal["encoder", "decoder"]) -> AttentionKind:
         """The kind of self-attention of a side."""

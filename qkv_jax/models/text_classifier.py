@@ -20,6 +20,7 @@ from qkv_jax.layers import (
     Embedding,
     EncoderBlock,
     Halted,
+    Linear,
     Positions,
     QKVAttention,
     make_norm,
@@ -193,7 +194,7 @@ class Model(nnx.Module):
         if config.pooling == "attention":
             query = nnx.initializers.normal(D**-0.5)(rngs.params(), (D,), jnp.float32)
             self.query = nnx.Param(query, axes=("embed",))
-        self.classify = nnx.Linear(
+        self.classify = Linear(
             D,
             config.classes,
             dtype=dtype,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qkv_jax.layers import EncoderBlock, make_norm
+from qkv_jax.layers import EncoderBlock, Linear, make_norm
 from qkv_jax.models.image_classification import (
     PixelChanges,
     check_sizes,
@@ -69,7 +69,7 @@ class Config:
     augmentation: PixelChanges = field(default_factory=PixelChanges)
     label_smoothing: float = 0.1
     flip_average: bool = True
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self):
         if not self.attention:
@@ -219,7 +219,7 @@ class Stem(nnx.Module):
                     )
                 )
                 width = out
-        self.out = nnx.Linear(
+        self.out = Linear(
             width * size**2,
             D,
             dtype=dtype,

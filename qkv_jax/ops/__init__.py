@@ -32,6 +32,7 @@ from qkv_jax.ops.context_parallel import (
 from qkv_jax.ops.context_parallel import mesh_attention as mesh_attention
 from qkv_jax.ops.context_parallel import shard_attention as shard_attention
 from qkv_jax.ops.dropout import dropout as dropout
+from qkv_jax.ops.dropout import index_bits as index_bits
 from qkv_jax.ops.dropout import split_rng as split_rng
 from qkv_jax.ops.graph import arc_attention as arc_attention
 from qkv_jax.ops.graph import gat_attention as gat_attention

@@ -5,11 +5,16 @@ any sharding and after any re-batching. It is arithmetic on an iota, so XLA can 
 consumer, and no random bits are stored.
 """
 
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 Array = jax.Array
+# 2**32 over the golden ratio, odd: spreads neighbouring indices.
+GOLDEN = np.uint32(0x9E3779B9)
 
 
 def keep(rng: Array, rate: float, *indices: Array) -> Array:
@@ -33,8 +38,16 @@ def keep(rng: Array, rate: float, *indices: Array) -> Array:
 def keep_by_seed(state: Array, rate: float, *indices: Array) -> Array:
     """`keep` for a seed that was drawn from the key already, uint32."""
     for index in indices:
-        state = _mix(state ^ (index.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)))
+        state = _mix(state ^ (index.astype(jnp.uint32) * GOLDEN))
     return state >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+
+
+def index_bits(seed: Array, shape: tuple[int, ...]) -> Array:
+    """Random uint32 of a shape, each a hash of a uint32 seed and its own place alone."""
+    place = jnp.zeros(shape, jnp.uint32)
+    for size, index in zip(shape, _indices(shape)):
+        place = place * jnp.uint32(size) + index
+    return _mix(seed ^ (place * GOLDEN))
 
 
 def dropout(x: Array, rate: float, rng: Array | None) -> Array:
@@ -49,22 +62,21 @@ def dropout(x: Array, rate: float, rng: Array | None) -> Array:
     """
     if rng is None or rate == 0.0:
         return x
-    indices = (
-        lax.broadcasted_iota(
-            jnp.uint32,
-            tuple(n if i == axis else 1 for i, n in enumerate(x.shape)),
-            axis,
-        )
-        for axis in range(x.ndim)
-    )
     return jnp.where(
-        keep(rng, rate, *indices), x / (1.0 - rate), jnp.zeros((), x.dtype)
+        keep(rng, rate, *_indices(x.shape)), x / (1.0 - rate), jnp.zeros((), x.dtype)
     )
 
 
 def split_rng(rng: Array | None, count: int) -> list[Array | None]:
     """`count` independent keys for as many dropouts; of None (no dropout), as many None."""
     return [None] * count if rng is None else list(jax.random.split(rng, count))
+
+
+def _indices(shape: tuple[int, ...]) -> Iterator[Array]:
+    """Indices along each axis, which broadcast to the shape."""
+    for axis in range(len(shape)):
+        along = tuple(n if i == axis else 1 for i, n in enumerate(shape))
+        yield lax.broadcasted_iota(jnp.uint32, along, axis)
 
 
 def _mix(x: Array) -> Array:

@@ -15,10 +15,12 @@ from qkv_jax.training import (
     DistributedConfig,
     MeshConfig,
     OptimizerConfig,
+    PrecisionConfig,
     RunConfig,
     RunError,
     Task,
     TrainingConfig,
+    apply_precision,
     check_optimizer,
     from_plain,
     to_plain,
@@ -87,7 +89,8 @@ class TaskConfig:
         lengths: to how few lengths batches of padded examples are cut, see `Cut`; each costs a
             compilation. 1: none is cut.
         score: the `Scorer`; None: means of the model's sums are all that is reported.
-        optimizer, training, mesh: how it is trained, and on which devices.
+        optimizer, training, precision, mesh: how it is trained, kept in which dtypes, and on which
+            devices.
         run: where the run lies.
         distributed: how its processes find each other.
     """
@@ -100,6 +103,7 @@ class TaskConfig:
     score: Any = None
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     training: TrainingConfig
+    precision: PrecisionConfig = dataclasses.field(default_factory=PrecisionConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
     distributed: DistributedConfig = dataclasses.field(
@@ -114,7 +118,13 @@ class TaskConfig:
         if self.lengths < 1:
             raise ValueError(f"lengths must be positive; got {self.lengths}.")
         # A warm-up that does not fit into the steps is an error before anything is written.
-        check_optimizer(self.optimizer, self.training)
+        check_optimizer(self.optimizer, self.training, self.precision)
+        apply_precision(self.model, self.precision)
+
+    @property
+    def computed_model(self) -> Any:
+        """The model's Config, as it computes by `precision`."""
+        return apply_precision(self.model, self.precision)
 
     def task(self, mesh: Mesh) -> Task:
         """The examples, the model and its loss on a mesh: see `make_task`."""

@@ -75,7 +75,7 @@ def make_task(config: TaskConfig, mesh: Mesh) -> training.Task:
             f"multiple of {shares}, or another --mesh"
         )
     splits = config.data.load()
-    model = fill_sizes(config.model, splits.sizes)
+    model = fill_sizes(config.computed_model, splits.sizes)
     share = training.row_share(mesh)
     stream = ExampleStream(
         splits.train,
@@ -154,7 +154,7 @@ def load_task(
     """
     config = config or read_task(directory)
     splits = config.data.load()
-    model = fill_sizes(config.model, splits.sizes)
+    model = fill_sizes(config.computed_model, splits.sizes)
     mesh = mesh or training.make_mesh()
     params = _restore(config, model, Path(directory), checkpoint, mesh)
     return TrainedModel(config, splits, model, params, mesh)

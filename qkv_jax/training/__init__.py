@@ -37,6 +37,8 @@ from qkv_jax.training.optimizers import make_optimizer as make_optimizer
 from qkv_jax.training.optimizers import make_schedule as make_schedule
 from qkv_jax.training.plain import from_plain as from_plain
 from qkv_jax.training.plain import to_plain as to_plain
+from qkv_jax.training.precision import PrecisionConfig as PrecisionConfig
+from qkv_jax.training.precision import apply_precision as apply_precision
 from qkv_jax.training.programs import keep_programs as keep_programs
 from qkv_jax.training.rates import RateCurve as RateCurve
 from qkv_jax.training.rates import RateRange as RateRange

@@ -1,11 +1,11 @@
 """Checkpoints of a run: everything it needs to go on, kept by orbax under run/checkpoints/<step>/.
 
 A checkpoint has the items `params`, `ema` and `masks` (where the run has them), `training` (step,
-optimizer state, rng) and `progress` (JSON: data position, best metric, and the like). Arrays are
-saved under their dotted names, so that none of the pytree classes is needed to read them.
-`files.json` lists the size of every file, so that one that was cut short is named before orbax
-meets it. Parameters that are not trained are the same in all checkpoints, and are kept once, before
-the first of them is begun, as run/checkpoints/constant/params/.
+optimizer state, rng, loss scale, what rounding lost) and `progress` (JSON: data position, best
+metric, and the like). Arrays are saved under their dotted names, so that none of the pytree classes
+is needed to read them. `files.json` lists the size of every file, so that one that was cut short is
+named before orbax meets it. Parameters that are not trained are the same in all checkpoints, and are
+kept once, before the first of them is begun, as run/checkpoints/constant/params/.
 """
 
 import functools
@@ -149,6 +149,7 @@ class CheckpointStore:
             name: _restore(checkpoint, name, item)
             for name, item in _items(like).items()
         }
+        _check_dtypes(checkpoint, items, like)
         training = _unflatten(_training(like), items["training"])
         parts = {
             name: _unflatten(getattr(like, name), items[name])
@@ -361,7 +362,8 @@ def _items(state: TrainState) -> dict[str, dict[str, Any]]:
 
 
 def _training(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
+    names = ("step", "opt_state", "rng", "precision")
+    return {name: getattr(state, name) for name in names}
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -417,6 +419,8 @@ def _whole_params(
     trained, constant = jax.eval_shape(split, like)
     _check_sizes(checkpoint)
     saved = _unflatten(trained, _restore(checkpoint, name, flatten(_host(trained))))
+    # What was kept in bfloat16 is used as all else.
+    saved = jax.tree.map(lambda x, y: x.astype(y.dtype, copy=False), saved, trained)
     return merge_params(saved, _restore_constant(checkpoint, _host(constant)), finetune)
 
 
@@ -479,6 +483,19 @@ def _check_same(
             f"{checkpoint} is of another model or optimizer ({wrong[0]!r} is {there} there, {here} "
             f"here; {len(wrong)} arrays differ): use the configuration in the run's config.json."
         )
+
+
+def _check_dtypes(
+    checkpoint: Path, items: Mapping[str, Mapping[str, Any]], like: TrainState
+) -> None:
+    for item, wanted in _items(like).items():
+        for name, x in wanted.items():
+            there = items[item][name].dtype
+            if there != x.dtype:
+                raise RunError(
+                    f"{checkpoint} was kept in another precision ({name!r} is {there} there, "
+                    f"{x.dtype} here): use the configuration in the run's config.json."
+                )
 
 
 def _read_progress(checkpoint: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from qkv_jax.training.optimizers import (
     make_optimizer,
     make_schedule,
 )
+from qkv_jax.training.precision import DEFAULT, PrecisionConfig, widen
 from qkv_jax.training.sharding import auto_mesh, make_mesh, place_batch
 from qkv_jax.training.sparsity import Masks, SparsityConfig
 from qkv_jax.training.state import TrainState, create_state
@@ -100,13 +101,22 @@ class TrainingConfig:
             )
 
 
-def check_optimizer(optimizer: OptimizerConfig, config: TrainingConfig) -> None:
+def check_optimizer(
+    optimizer: OptimizerConfig,
+    config: TrainingConfig,
+    precision: PrecisionConfig = DEFAULT,
+) -> None:
     """Raises ValueError where an optimizer does not fit how a run trains."""
     make_schedule(optimizer, config.steps)
     if optimizer.averages and config.ema_decay is not None:
         raise ValueError(
             f"ema_decay must be None for name={optimizer.name!r}, which has an average of its own; "
             f"got {config.ema_decay}."
+        )
+    if optimizer.averages and precision.moments != "float32":
+        raise ValueError(
+            f"precision.moments must be 'float32' for name={optimizer.name!r}, whose state is what "
+            f"it averages, all of it to the end; got {precision.moments!r}."
         )
 
 
@@ -194,6 +204,7 @@ def train(
     finetune: FinetuneConfig | None = None,
     sparsity: SparsityConfig | None = None,
     masks: Masks | None = None,
+    precision: PrecisionConfig = DEFAULT,
     unit: str = "tokens",
     console: Console | None = None,
 ) -> TrainResult:
@@ -219,6 +230,8 @@ def train(
         finetune: which part of params is trained; None: all. evaluate gets all of them, merged;
             the states that callbacks and the result have are parted, see merge_params.
         sparsity, masks: which weights are 0, see create_state; evaluate gets them so.
+        precision: what is kept of params and of the optimizer's state, in which dtype; evaluate
+            gets float32. The precision that loss_fn computes in is its own.
         unit: what the loss is a mean over, for messages.
         console: for progress; None: standard error.
 
@@ -238,8 +251,8 @@ def train(
         raise ValueError("patience needs evaluate; pass a function, or patience=None.")
     began = time.perf_counter()
     mesh = auto_mesh(mesh or make_mesh())
-    sparse = {"sparsity": sparsity, "masks": masks}
-    step_fn, state = _build(params, loss_fn, optimizer, config, mesh, finetune, sparse)
+    kept = {"sparsity": sparsity, "masks": masks, "precision": precision}
+    step_fn, state = _build(params, loss_fn, optimizer, config, mesh, finetune, kept)
     with CheckpointStore(directory, keep=config.keep) as store:
         state, record = _resume(store, state, iterator)
         with (
@@ -287,10 +300,10 @@ def _build(
     config: TrainingConfig,
     mesh: Mesh,
     finetune: FinetuneConfig | None,
-    sparse: dict[str, Any],
+    kept: dict[str, Any],
 ) -> tuple["_CountedStep", TrainState]:
     """The compiled step of this configuration, and its first state."""
-    check_optimizer(optimizer, config)
+    check_optimizer(optimizer, config, kept["precision"])
     transformation = make_optimizer(optimizer, config.steps)
     step = make_train_step(
         loss_fn,
@@ -302,7 +315,8 @@ def _build(
         averaged=averaged_params if optimizer.averages else None,
         rng_impl=config.rng_impl,
         finetune=finetune,
-        sparsity=sparse["sparsity"],
+        sparsity=kept["sparsity"],
+        precision=kept["precision"],
     )
     state = create_state(
         params,
@@ -312,7 +326,7 @@ def _build(
         rng_impl=config.rng_impl,
         ema=config.ema_decay is not None or optimizer.averages,
         finetune=finetune,
-        **sparse,
+        **kept,
     )
     return _CountedStep(step), state
 
@@ -426,7 +440,7 @@ class _Session:
         if self.evaluate is None or not due:
             return False
         self.log.flush()
-        trained = state.params if state.ema is None else state.ema
+        trained = widen(state.params if state.ema is None else state.ema)
         record.pending = True
         values = self.evaluate(merge_params(trained, state.constant, self.finetune))
         record.pending = False

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from qkv_jax.ops import pin
 
 Array = jax.Array
+# Of slopes of logits, between -1 and 1, of which most would vanish in float16.
+_LIFT = 1024.0
 
 
 @jax.tree_util.register_dataclass
@@ -47,7 +49,8 @@ def projected_cross_entropy(
     the slope of the logits is made once, while they are in cache, and is used for both gradients
     at once. No one-hot array is made, and with `chunks` > 1 the (B, T, V) logits never stand
     whole. The target distribution is (1 - smoothing) on the label plus smoothing / V on every
-    class; all reductions are float32.
+    class; all reductions are float32. No scale of the loss reaches slopes that are made so early:
+    in float16 they are lifted by one of their own.
 
     Args:
         states: (B, T, D) floating.
@@ -90,6 +93,8 @@ def _forward(states, table, labels, weights, smoothing, chunks, r_drop, taught):
     for part in _split(states, labels, weights, taught, chunks):
         part_sums, slope = _chunk(*part, table, smoothing, r_drop)
         sums.append(part_sums)
+        if states.dtype == jnp.float16:
+            slope = slope * _LIFT
         slope = slope.astype(states.dtype)
         slope_part = jnp.einsum("BTV,VD->BTD", slope, table.astype(states.dtype))
         slopes_states.append(pin(slope_part, "batch", "length"))
@@ -111,6 +116,11 @@ def _forward(states, table, labels, weights, smoothing, chunks, r_drop, taught):
 def _backward(smoothing, chunks, r_drop, saved, cotangents):
     slope_states, slope_table = saved
     along = cotangents[0]
+    if slope_states.dtype == jnp.float16:
+        # The product in float32: neither of a large scale and a lift need fit into float16.
+        along = along / _LIFT
+        slope_states = (slope_states.astype(jnp.float32) * along).astype(jnp.float16)
+        return slope_states, slope_table * along.astype(slope_table.dtype), None, None
     return (
         slope_states * along.astype(slope_states.dtype),
         slope_table * along.astype(slope_table.dtype),

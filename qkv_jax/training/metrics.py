@@ -16,6 +16,8 @@ from qkv_jax.training.distributed import is_first
 from qkv_jax.training.errors import NotFinite
 
 METRICS_FILE = "metrics.jsonl"
+# Of these a row has the last value, of others the mean.
+LAST = ("learning_rate", "loss_scale")
 
 
 class MetricsWriter:
@@ -305,12 +307,12 @@ class TrainLog:
 
 
 def _window_mean(window: list[dict[str, float]]) -> dict[str, float]:
-    """Means weighted by tokens; the sum of the tokens; the last learning rate."""
+    """Means weighted by tokens; the sum of the tokens; what is LAST."""
     tokens = sum(values["tokens"] for values in window)
     mean = {
         name: sum(values[name] * values["tokens"] for values in window)
         / max(tokens, 1.0)
         for name in window[0]
     }
-    rate = {k: window[-1][k] for k in ("learning_rate",) if k in window[-1]}
-    return mean | rate | {"tokens": tokens}
+    last = {k: window[-1][k] for k in LAST if k in window[-1]}
+    return mean | last | {"tokens": tokens}

@@ -32,8 +32,9 @@ class Hardware:
 
     Attributes:
         name: of the device.
-        bf16, f32: floating-point operations of matrix products a second, dense; f32 with the
-            tensor units' reduced precision where that is what products use.
+        bf16, f32: floating-point operations of matrix products a second, dense, float16's as
+            bfloat16's; f32 with the tensor units' reduced precision where that is what products
+            use.
         memory: bytes a second.
         link: bytes a second to other devices, in one direction, all links of the device.
         bytes: of memory.
@@ -137,7 +138,7 @@ class Plan:
 
     def estimate(self, hardware: Hardware) -> Estimate:
         """The step's time on a mesh of such devices."""
-        peak = hardware.bf16 if self.dtype == "bfloat16" else hardware.f32
+        peak = hardware.f32 if self.dtype == "float32" else hardware.bf16
         moved = sum(collective.bytes for collective in self.collectives.values())
         return Estimate(
             compute=self.flops / self.devices / peak,
@@ -172,8 +173,13 @@ def plan_step(
     compiled = step.lower(state, batch).compile()
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     parameters = device_bytes((state.params, state.constant))
-    gradients = min(device_bytes(state.params), memory.temp_size_in_bytes)
-    optimizer = device_bytes((state.opt_state, state.ema))
+    # Always float32, whatever parameters are kept in.
+    wide = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding),
+        state.params,
+    )
+    gradients = min(device_bytes(wide), memory.temp_size_in_bytes)
+    optimizer = device_bytes((state.opt_state, state.ema, state.precision))
     held = {
         "parameters": parameters,
         "optimizer": optimizer,

@@ -138,6 +138,7 @@ def find_rate(
         "rng_impl": training.rng_impl,
         "finetune": task.finetune,
         "sparsity": task.sparsity,
+        "precision": config.precision,
     }
     state = create_state(
         task.params,

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,13 +40,18 @@ class RunConfig:
 
 
 def open_run(
-    directory: str | os.PathLike, config: Mapping[str, Any]
+    directory: str | os.PathLike,
+    config: Mapping[str, Any],
+    *,
+    restated: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> Literal["new", "resume"]:
     """Creates a run directory, or makes sure that the one there may go on.
 
     Args:
         directory: the run's own; absent, empty, or one that this function made.
         config: JSON-able, the resolved configuration; written to config.json of a new run.
+        restated: what is in a config.json, with the defaults of fields that there were none of when
+            it was written.
 
     Returns:
         "new", or "resume" where config.json is there with equal content and the run is not
@@ -61,7 +66,8 @@ def open_run(
     if not _prepare(directory):
         _write_json(directory / CONFIG_FILE, config)
         return "new"
-    _refuse(directory, _differences(read_config(directory), config))
+    there = json.loads(json.dumps(restated(read_config(directory))))
+    _refuse(directory, _differences(there, config))
     if is_finished(directory):
         raise RunError(
             f"{directory} is a finished run: use `qkv-jax evaluate {directory}` or "

@@ -10,6 +10,13 @@ import optax
 from jax.sharding import Mesh
 
 from qkv_jax.training.adapters import FinetuneConfig, split_params
+from qkv_jax.training.precision import (
+    DEFAULT,
+    PrecisionConfig,
+    keep_moments,
+    keep_params,
+    start_precision,
+)
 from qkv_jax.training.sharding import place_state, state_shardings
 from qkv_jax.training.sparsity import Masks, SparsityConfig, apply_masks, new_masks
 
@@ -21,14 +28,15 @@ class TrainState:
 
     Attributes:
         step: () int32, updates made.
-        params: pytree of float32 arrays: all of the model, or the part that is trained, see
-            split_params.
+        params: pytree of float32 arrays, or of bfloat16 ones, see PrecisionConfig: all of the
+            model, or the part that is trained, see split_params.
         opt_state: the optimizer's.
         rng: key data (not a typed key, so that it can be saved), the same in all steps: step n
             uses fold_in(rng, n), whether or not the run was interrupted before n.
         ema: average of params, exponential or the optimizer's own: what is evaluated; or None.
         constant: the part of the model that is not trained, see split_params; None: there is none.
         masks: which weights are not 0, see SparsityConfig; None: all may be anything.
+        precision: see PrecisionState; None: the policy remembers nothing.
     """
 
     step: jax.Array
@@ -38,6 +46,7 @@ class TrainState:
     ema: Any = None
     constant: Any = None
     masks: Masks | None = None
+    precision: Any = None
 
 
 def create_state(
@@ -51,6 +60,7 @@ def create_state(
     finetune: FinetuneConfig | None = None,
     sparsity: SparsityConfig | None = None,
     masks: Masks | None = None,
+    precision: PrecisionConfig = DEFAULT,
 ) -> TrainState:
     """The state before the first step, made on the mesh: shapes first, then places, then values.
 
@@ -66,12 +76,15 @@ def create_state(
         finetune: which part is trained; None: all.
         sparsity: which of its weights will be 0; None: none.
         masks: which are, from the start, where sparsity is that of a ticket.
+        precision: what is kept of it.
 
     Raises:
         ValueError: the mesh does not divide the model, see state_shardings; or see split_params
             and new_masks.
     """
-    create = _creator(params, optimizer, seed, rng_impl, ema, finetune, sparsity)
+    create = _creator(
+        params, optimizer, seed, rng_impl, ema, finetune, sparsity, precision
+    )
     given = (
         None if callable(params) else place_state(params, mesh),
         None if masks is None else place_state(masks, mesh),
@@ -89,11 +102,13 @@ def abstract_state(
     ema: bool = False,
     finetune: FinetuneConfig | None = None,
     sparsity: SparsityConfig | None = None,
+    precision: PrecisionConfig = DEFAULT,
 ) -> TrainState:
     """The shapes, dtypes and shardings of what create_state would make; nothing is made."""
-    shapes = jax.eval_shape(
-        _creator(params, optimizer, 0, rng_impl, ema, finetune, sparsity), (None, None)
+    create = _creator(
+        params, optimizer, 0, rng_impl, ema, finetune, sparsity, precision
     )
+    shapes = jax.eval_shape(create, (None, None))
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         shapes,
@@ -101,7 +116,9 @@ def abstract_state(
     )
 
 
-def _creator(params, optimizer, seed, rng_impl: str, ema: bool, finetune, sparsity):
+def _creator(
+    params, optimizer, seed, rng_impl: str, ema: bool, finetune, sparsity, precision
+):
     def create(given: tuple[Any, Masks | None]) -> TrainState:
         whole = params() if callable(params) else given[0]
         whole, masks = apply_masks(whole, given[1]), given[1]
@@ -110,12 +127,13 @@ def _creator(params, optimizer, seed, rng_impl: str, ema: bool, finetune, sparsi
             masks = new_masks(made, sparsity)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
-            params=made,
-            opt_state=optimizer.init(made),
+            params=keep_params(precision, made, None)[0],
+            opt_state=keep_moments(precision, optimizer.init(made), None),
             rng=jax.random.key_data(jax.random.key(seed, impl=rng_impl)),
             ema=made if ema else None,
             constant=constant,
             masks=masks,
+            precision=start_precision(precision, made),
         )
 
     return create

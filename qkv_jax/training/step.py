@@ -11,6 +11,15 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from qkv_jax.training.adapters import FinetuneConfig, merge_params
+from qkv_jax.training.precision import (
+    DEFAULT,
+    PrecisionConfig,
+    adjust_scale,
+    keep_moments,
+    keep_params,
+    scaled_gradient,
+    widen,
+)
 from qkv_jax.training.sharding import (
     auto_mesh,
     logical_sharding,
@@ -50,6 +59,7 @@ def make_train_step(
     rng_impl: str = "rbg",
     finetune: FinetuneConfig | None = None,
     sparsity: SparsityConfig | None = None,
+    precision: PrecisionConfig = DEFAULT,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A jitted step that minimises the loss per real token of the whole batch.
 
@@ -70,12 +80,15 @@ def make_train_step(
         rng_impl: that of state.rng.
         finetune: which part of the parameters is trained, as in create_state; loss_fn gets all.
         sparsity: as in create_state: loss_fn gets masked weights, and what is made is masked.
+        precision: what is kept of them, as in create_state; loss_fn gets float32. The precision
+            that loss_fn computes in is its own.
 
     Returns:
         step(state, batch) -> (state, metrics). The given state is donated: use the returned one.
         metrics: () float32 each: "tokens", "grad_norm" before clipping, "learning_rate",
-        "skipped" (1 or 0), with masks "sparsity", the share of zeros of what they are of, and
-        loss_fn's sums per token without their suffix ("loss_sum" is reported as "loss").
+        "skipped" (1 or 0), "loss_scale" of this update where there is one, with masks "sparsity",
+        the share of zeros of what they are of, and loss_fn's sums per token without their suffix
+        ("loss_sum" is reported as "loss").
         batch: dict of (B, ...), B divisible by accumulate times the mesh's data and fsdp axes.
     """
 
@@ -113,50 +126,62 @@ def make_train_step(
     ) -> tuple[TrainState, Metrics]:
         rng = jax.random.wrap_key_data(state.rng, impl=rng_impl)
         rng = jax.random.fold_in(rng, state.step)
+        kept = state.precision
+        scale, lost = (None, None) if kept is None else (kept.loss_scale, kept.lost)
         grads, sums = _summed_gradient(
-            of_trained(state.constant, state.masks, loss_fn),
-            state.params,
+            scaled_gradient(of_trained(state.constant, state.masks, loss_fn), scale),
+            widen(state.params),
             batch,
             rng,
             accumulate,
             mesh,
         )
         metrics = per_token(sums)
-        scale = 1.0 / jnp.maximum(sums["tokens"], 1.0)
-        grads = jax.tree.map(lambda g: g * scale, grads)
+        mean = 1.0 / jnp.maximum(sums["tokens"], 1.0)
+        grads = jax.tree.map(lambda g: g * mean, grads)
         # A clipping optimizer computes the same norm; XLA merges the two.
         metrics["grad_norm"] = optax.tree.norm(grads)
         if schedule is not None:
             metrics["learning_rate"] = schedule(state.step)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = apply_masks(optax.apply_updates(state.params, updates), state.masks)
+        if state.masks:
+            metrics["sparsity"] = zeros_share(state.masks)
+        finite = jnp.isfinite(sums["loss_sum"]) & jnp.isfinite(metrics["grad_norm"])
+        metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
+        if scale is not None:
+            metrics["loss_scale"] = scale
+        made = updated(state, grads, widen(state.params, lost), rng)
+        new = {
+            name: jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old), part, getattr(state, name)
+            )
+            for name, part in made.items()
+        }
+        if kept is not None:
+            new["precision"] = adjust_scale(precision, new["precision"], finite)
+        return dataclasses.replace(state, step=state.step + 1, **new), metrics
+
+    def updated(
+        state: TrainState, grads: Any, params: Any, rng: jax.Array
+    ) -> dict[str, Any]:
+        """What an update changes in the state, whose parameters are these in float32."""
+        updates, opt_state = optimizer.update(grads, widen(state.opt_state), params)
+        params = apply_masks(optax.apply_updates(params, updates), state.masks)
         ema = None
         if averaged is not None:
             ema = averaged(opt_state, params)
         elif ema_decay is not None:
             ema = _average(state.ema, params, state.step, ema_decay)
         ema = apply_masks(ema, state.masks)
-        if state.masks:
-            metrics["sparsity"] = zeros_share(state.masks)
-        finite = jnp.isfinite(sums["loss_sum"]) & jnp.isfinite(metrics["grad_norm"])
-        metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
-        made, kept = (
-            (params, opt_state, ema),
-            (state.params, state.opt_state, state.ema),
-        )
-        params, opt_state, ema = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), made, kept
-        )
-        new = TrainState(
-            step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            rng=state.rng,
-            ema=ema,
-            constant=state.constant,
-            masks=state.masks,
-        )
-        return new, metrics
+        params, lost = keep_params(precision, params, rng)
+        kept = state.precision
+        if kept is not None:
+            kept = dataclasses.replace(kept, lost=lost)
+        return {
+            "params": params,
+            "opt_state": keep_moments(precision, opt_state, rng),
+            "ema": ema,
+            "precision": kept,
+        }
 
     jitted = jax.jit(
         step,
@@ -238,9 +263,8 @@ def per_token(sums: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _summed_gradient(loss_fn, params, batch, rng, accumulate: int, mesh: Mesh):
+def _summed_gradient(gradient, params, batch, rng, accumulate: int, mesh: Mesh):
     """Gradient of the loss sum, and the sums, over all microbatches."""
-    gradient = jax.grad(loss_fn, has_aux=True)
     if accumulate == 1:
         return gradient(params, batch, rng)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ from qkv_jax.training.model_card import (
     table,
 )
 from qkv_jax.training.optimizers import OptimizerConfig
+from qkv_jax.training.plain import from_plain
+from qkv_jax.training.precision import PrecisionConfig
 from qkv_jax.training.runs import RunConfig, finish_run, locked, open_run, write_text
 from qkv_jax.training.sharding import MeshConfig, make_mesh, state_shardings
 from qkv_jax.training.sparsity import Masks, SparsityConfig, check_masks
@@ -115,6 +118,8 @@ class Trainable(Protocol):
     @property
     def training(self) -> TrainingConfig: ...
     @property
+    def precision(self) -> PrecisionConfig: ...
+    @property
     def mesh(self) -> MeshConfig: ...
     @property
     def run(self) -> RunConfig: ...
@@ -191,7 +196,9 @@ def _train_task(
         check_same(*task.data)
 
     def open_directory() -> None:
-        open_run(directory, config.to_json() | dict(task.identity))
+        content = config.to_json() | dict(task.identity)
+        restated = functools.partial(_restated, type(config))
+        open_run(directory, content, restated=restated)
         held.enter_context(locked(directory))
         task.save(directory)
 
@@ -219,6 +226,7 @@ def _train_task(
         finetune=task.finetune,
         sparsity=task.sparsity,
         masks=task.masks,
+        precision=config.precision,
         iterator=task.iterator,
         share=task.share,
         directory=directory,
@@ -296,6 +304,19 @@ def _card(
         ],
         config=config.to_json() | dict(task.identity),
     )
+
+
+def _restated(kind: Any, content: dict[str, Any]) -> dict[str, Any]:
+    """A config.json as this version would have written it: a newer field has its default.
+
+    What this version cannot read stays as it is.
+    """
+    fields = {field.name for field in dataclasses.fields(kind)} & content.keys()
+    try:
+        own = from_plain(kind, {name: content[name] for name in fields})
+    except (KeyError, StopIteration, TypeError, ValueError):
+        return content
+    return content | own.to_json()
 
 
 def task_mesh(config: Trainable) -> Mesh:

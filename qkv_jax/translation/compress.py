@@ -271,7 +271,8 @@ def _heads(config: seq2seq.Config, kept: dict[str, int]) -> dict[str, Any]:
     changes: dict[str, Any] = {"head_size": sizes.pop()}
     even = all(len(numbers) == 1 for numbers in of.values())
     if not even or (config.kv_heads and len(set(kept.values())) > 1):
-        return changes | {"heads_by_layer": tuple(counts.values())}
+        uneven = {"heads_by_layer": tuple(counts.values()), "scan_layers": False}
+        return changes | uneven
     heads, decoder_heads = (of[side].pop() for side in sides)
     return changes | {
         "heads": heads,

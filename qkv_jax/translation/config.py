@@ -24,10 +24,12 @@ from qkv_jax.training import (
     FinetuneConfig,
     MeshConfig,
     OptimizerConfig,
+    PrecisionConfig,
     RunConfig,
     SparsityConfig,
     Task,
     TrainingConfig,
+    apply_precision,
     check_optimizer,
     check_sparsity,
     from_plain,
@@ -286,7 +288,8 @@ class TranslationConfig:
             divergences of what they predict (half of Liang et al. 2021, arXiv 2106.14448,
             equation 4: losses stay comparable). An update costs twice as much. 0: none.
         distillation: a teacher whose predictions it learns from too, in training alone.
-        optimizer, training, mesh: how it is trained, and on which devices.
+        optimizer, training, precision, mesh: how it is trained, kept in which dtypes, and on which
+            devices.
         validation_sentences: validation pairs translated greedily at each evaluation, for the
             metric "bleu"; 0: none, and the validation loss decides.
         decoding: how the trained model translates.
@@ -312,6 +315,7 @@ class TranslationConfig:
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     validation_sentences: int = 0
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
@@ -364,7 +368,8 @@ class TranslationConfig:
                 f"got {self.validation_sentences}."
             )
         # A warm-up that does not fit into the steps is an error before anything is written.
-        check_optimizer(self.optimizer, self.training)
+        check_optimizer(self.optimizer, self.training, self.precision)
+        apply_precision(self.model, self.precision)
 
     def _check_gates(self) -> None:
         if not self.gates.on:
@@ -397,6 +402,11 @@ class TranslationConfig:
                 "text.packing needs attention that keeps the pairs of a row apart, and that is not "
                 f"{' or '.join(sorted(kinds - {'softmax'}))}: set text.packing to False."
             )
+
+    @property
+    def computed_model(self) -> seq2seq.Config | recurrent.Config:
+        """The model, as it computes by `precision`."""
+        return apply_precision(self.model, self.precision)
 
     def task(self, mesh: Mesh) -> Task:
         """The corpus, the model and its loss on a mesh: see `translation.run.make_task`."""

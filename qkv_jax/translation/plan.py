@@ -35,7 +35,9 @@ def plan_run(config: TranslationConfig) -> Plan:
             "--distillation.teacher, and add them"
         )
     start = started(config)
-    model = dataclasses.replace(config.model, vocabulary=text.vocabulary, pad=PAD)
+    model = dataclasses.replace(
+        config.computed_model, vocabulary=text.vocabulary, pad=PAD
+    )
     model = model if start is None else start.model
     if not isinstance(model, seq2seq.Config):
         raise training.RunError("plan knows what a Transformer costs, not this model")
@@ -52,6 +54,7 @@ def plan_run(config: TranslationConfig) -> Plan:
             ema=config.training.ema_decay is not None or config.optimizer.averages,
             finetune=config.finetune,
             sparsity=sparsity,
+            precision=config.precision,
         )
     except ValueError as error:
         raise training.RunError(f"mesh: {error}") from error
@@ -65,6 +68,7 @@ def plan_run(config: TranslationConfig) -> Plan:
         rng_impl=config.training.rng_impl,
         finetune=config.finetune,
         sparsity=sparsity,
+        precision=config.precision,
     )
     multiple = training.batch_shares(mesh) * config.training.accumulate
     rows = max(multiple, text.batch_tokens // text.max_target // multiple * multiple)

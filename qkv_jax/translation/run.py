@@ -433,7 +433,7 @@ def _model(
     if start is not None:
         return start.model
     return dataclasses.replace(
-        config.model, vocabulary=tokenizer.target_size, pad=tokenizer.pad
+        config.computed_model, vocabulary=tokenizer.target_size, pad=tokenizer.pad
     )
 
 

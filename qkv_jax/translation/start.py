@@ -55,6 +55,9 @@ FREE = (
     "attention_dropout",
     "activation_dropout",
     "dtype",
+    "output_dtype",
+    "remat",
+    "scan_layers",
     "context",
 )
 # Our names of decoding for those of a generation_config.json.
@@ -277,8 +280,9 @@ def started(config: TranslationConfig) -> Start | None:
             f"{config.init_from} is another kind of model than the experiment's: start from one "
             "of the same kind"
         )
-    free = {f.name for f in dataclasses.fields(config.model)} & set(FREE)
-    changes: dict[str, Any] = {name: getattr(config.model, name) for name in free}
+    chosen = config.computed_model
+    free = {f.name for f in dataclasses.fields(chosen)} & set(FREE)
+    changes: dict[str, Any] = {name: getattr(chosen, name) for name in free}
     return start._replace(model=dataclasses.replace(start.model, **changes))
 
 
@@ -310,7 +314,7 @@ def run_model(
     file = directory / MODEL
     if config.init_from is None:
         return dataclasses.replace(
-            config.model, vocabulary=tokenizer.target_size, pad=tokenizer.pad
+            config.computed_model, vocabulary=tokenizer.target_size, pad=tokenizer.pad
         )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

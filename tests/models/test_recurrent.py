@@ -108,7 +108,7 @@ def test_one_batch_is_overfitted():
         ({"dropout": 1.0}, "dropout must be in"),
         ({"pad": 11}, "pad must be a token of the vocabulary of 11"),
         ({"half_width": 0}, "half_width must be positive"),
-        ({"dtype": "float16"}, "dtype must be"),
+        ({"dtype": "float8"}, "dtype must be"),
     ],
 )
 def test_what_cannot_be_is_refused(changes, message):

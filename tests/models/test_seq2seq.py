@@ -73,6 +73,7 @@ FLIPS = {
     "attention_dropout": 0.5,
     "activation_dropout": 0.5,
     "dtype": "bfloat16",
+    "output_dtype": "bfloat16",
     "pad": 3,
 }
 # What a field needs to matter.
@@ -230,9 +231,10 @@ def test_one_batch_is_overfitted():
 
 
 def test_every_field_has_another_value_to_try():
-    # "context" says how a mesh computes the same, see tests/translation/test_mesh.py.
+    # "context" says how a mesh computes the same, see tests/translation/test_mesh.py; "remat" and
+    # "scan_layers" compute the same too, see tests/models/test_seq2seq_layers.py.
     fields = {field.name for field in dataclasses.fields(Config)}
-    assert set(FLIPS) == fields - {"context"}
+    assert set(FLIPS) == fields - {"context", "remat", "scan_layers"}
 
 
 @pytest.mark.parametrize("field", FLIPS)
@@ -285,7 +287,24 @@ def test_parameters_are_float32_and_logits_bfloat16_when_asked():
         ({"activation": "tanh"}, "activation must be one of .*relu.*; got 'tanh'"),
         ({"norm": "both"}, "norm must be one of .*; got 'both'"),
         ({"tie": "some"}, "tie must be one of .*; got 'some'"),
-        ({"dtype": "float16"}, "dtype must be one of .*; got 'float16'"),
+        ({"dtype": "float8"}, "dtype must be one of .*; got 'float8'"),
+        ({"output_dtype": "half"}, "output_dtype must be one of .*; got 'half'"),
+        ({"remat": "some"}, "remat must be one of .*'dots'.*; got 'some'"),
+        (
+            {
+                "scan_layers": True,
+                "decoder_attention": AttentionKind(name="entmax", layers=(1,)),
+            },
+            r"scan_layers needs .* decoder_attention.layers names \(1,\) of 2",
+        ),
+        (
+            {
+                "scan_layers": True,
+                "head_size": 8,
+                "heads_by_layer": (2, 1, 2, 3, 2),
+            },
+            "heads_by_layer gives the decoder's different numbers of heads",
+        ),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\); got 1.0"),
         ({"embedding_dropout": -0.1}, "embedding_dropout must be in"),
         ({"attention_dropout": 2.0}, "attention_dropout must be in"),

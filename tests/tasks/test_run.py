@@ -12,6 +12,7 @@ from qkv_jax.data.splits import Splits
 from qkv_jax.tasks import is_task, load_task, read_task
 from qkv_jax.training import (
     MeshConfig,
+    PrecisionConfig,
     RunError,
     TrainingConfig,
     make_mesh,
@@ -173,3 +174,15 @@ def test_a_model_says_what_is_counted(tmp_path, monkeypatch):
     assert config.task(mesh).unit == "examples"
     monkeypatch.setattr(toy.Model, "unit", "rows", raising=False)
     assert config.task(mesh).unit == "rows"
+
+
+def test_parameters_in_bfloat16_are_kept_and_read_back(tmp_path):
+    policy = PrecisionConfig(params="bfloat16", rounding="kahan")
+    config = toy.make_config(tmp_path / "run", mesh=ONE, precision=policy)
+    result = toy.run(config)
+    trained = load_task(config.run.directory, config=config)
+    for x in map(np.asarray, jax.tree.leaves(trained.params)):
+        assert x.dtype == np.float32 and not np.any(x.view(np.uint32) & 0xFFFF)
+    assert trained.evaluate(trained.splits.test) == pytest.approx(result["test"])
+    with pytest.raises(ValueError, match="has no dtype to choose"):
+        dataclasses.replace(config, precision=PrecisionConfig(compute="bfloat16"))

@@ -9,6 +9,7 @@ from qkv_jax.training import (
     DistributedConfig,
     MeshConfig,
     OptimizerConfig,
+    PrecisionConfig,
     RateCurve,
     RateRange,
     RunError,
@@ -28,6 +29,7 @@ def config(loss_fn=toy.dry_loss_fn):
     return SimpleNamespace(
         # A warm-up that no short run has room for: it is left out.
         optimizer=OptimizerConfig(schedule="linear", warmup_steps=1000),
+        precision=PrecisionConfig(),
         training=TrainingConfig(steps=2000, accumulate=2),
         mesh=MeshConfig(data=1),
         distributed=DistributedConfig(),

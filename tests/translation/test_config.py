@@ -12,6 +12,7 @@ from qkv_jax.training import (
     OptimizerConfig,
     RunConfig,
     TrainingConfig,
+    precision,
 )
 from qkv_jax.translation import (
     DecodingConfig,
@@ -39,6 +40,7 @@ def make_config(**changes):
         "mesh": MeshConfig(data=2),
         "validation_sentences": 5,
         "decoding": DecodingConfig(beams=3, length_penalty="gnmt", alpha=0.6),
+        "precision": precision.float16(),
         "run": RunConfig(directory=Path("runs/one")),
     }
     return TranslationConfig(**(fields | changes))
@@ -68,6 +70,7 @@ def test_json_brings_back_all_but_where_the_run_lies(data):
         {"text": TextConfig(vocabulary=78)},
         {"model": seq2seq.tiny()},
         {"label_smoothing": 0.2},
+        {"precision": precision.bf16()},
         {"validation_sentences": 6},
         {"decoding": DecodingConfig()},
     ],
@@ -84,6 +87,12 @@ def test_packing_is_refused_where_pairs_cannot_be_kept_apart():
         make_config(model=linear, text=TextConfig(packing=True))
     window = seq2seq.tiny(encoder_attention=AttentionKind(name="window"))
     make_config(model=window, text=TextConfig(packing=True))
+
+
+def test_precision_says_what_the_model_computes_in():
+    assert make_config().computed_model == seq2seq.small(
+        kv_heads=2, norm="pre", embedding_dropout=0.2, dtype="float16"
+    )
 
 
 def test_a_runs_directory_is_no_part_of_its_json():
@@ -106,6 +115,13 @@ def test_a_runs_directory_is_no_part_of_its_json():
         (
             {"optimizer": OptimizerConfig(schedule="linear", warmup_steps=7)},
             "warmup_steps must be less than the 7 steps",
+        ),
+        (
+            {
+                "model": seq2seq.tiny(dtype="bfloat16"),
+                "precision": precision.float32(),
+            },
+            "precision.compute is 'float32', and model.dtype is 'bfloat16'",
         ),
     ],
 )

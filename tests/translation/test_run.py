@@ -95,6 +95,11 @@ def test_an_interrupted_run_ends_as_a_straight_one(
     directory = tmp_path / "again"
     config = toy.make_config(corpus, directory)
     run_interrupted(config, monkeypatch)
+    # As a version wrote it that knew fewer fields.
+    file = directory / "config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    del content["precision"], content["model"]["remat"]
+    file.write_text(json.dumps(content), encoding="utf-8")
     result = toy.run(config)
     assert result["test"] == read_result(finished)["test"]
     assert result == read_result(directory)
