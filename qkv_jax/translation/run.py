@@ -1,6 +1,7 @@
 """A whole run: text in, a trained, evaluated model on disk out; and back from disk."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
