@@ -120,14 +120,10 @@ def _backward(smoothing, chunks, r_drop, saved, cotangents):
         # The product in float32: neither of a large scale and a lift need fit into float16.
         along = along / _LIFT
         slope_states = (slope_states.astype(jnp.float32) * along).astype(jnp.float16)
-        return slope_states, slope_table * along.astype(slope_table.dtype), None, None
-    return (
-        slope_states * along.astype(slope_states.dtype),
-        slope_table * along.astype(slope_table.dtype),
-        None,
-        None,
-        None,
-    )
+    else:
+        slope_states = slope_states * along.astype(slope_states.dtype)
+    slope_table = slope_table * along.astype(slope_table.dtype)
+    return slope_states, slope_table, None, None, None
 
 
 projected_cross_entropy.defvjp(_forward, _backward)
