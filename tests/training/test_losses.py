@@ -126,6 +126,24 @@ def test_bfloat16_states_give_float32_sums_and_gradients_of_their_own_dtype():
     close((d_states.astype(np.float32), d_table), truth[1], 3e-2)
 
 
+def test_float16_tells_small_slopes_from_0_whatever_the_scale():
+    states = jnp.array([[[1.0, 0.25]]], jnp.float16)
+    table = jnp.array([[0.0, 0.0], [-16.0, 0.5], [-16.0, -0.5]])
+    options = (jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1)))
+
+    def scaled(table, scale):
+        return scale * projected_cross_entropy(states, table, *options)[0]
+
+    logits = np.array([0.0, -15.875, -16.125])
+    share = (
+        np.exp(logits) / np.exp(logits).sum()
+    )  # 1.3e-7: float16 has steps of 6e-8 there.
+    expected = share[1:, None] * np.array([1.0, 0.25])
+    for scale in (1.0, 2.0**20):
+        got = jax.jit(jax.grad(scaled))(table, scale) / scale
+        np.testing.assert_allclose(got[1:], expected, rtol=2e-3)
+
+
 def apart(states, table):
     """KL(P || Q) + KL(Q || P) at each place of a pair of rows, by its definition."""
     log_p, log_q = (
