@@ -294,6 +294,8 @@ def draw(numbers: Numbers, path: Path) -> Figure:
             (f"{kind}, tuned", control, "#2e6f95", "trained on"),
         ):
             found = [x for x in numbers.values() if x["kind"] == of]
+            if not found:
+                continue
             points = [(x[left], x["bleu"]) for x in found]
             points = sorted([*points, (1.0, all_left)])
             axes.plot(*zip(*points), "o-", color=colour, label=label)

@@ -43,8 +43,8 @@ from qkv_jax.translation.start import (
 
 # Which heads stayed, beside a pruned model; and what they were chosen by.
 PRUNED = "pruned.json"
-IMPORTANCE = "importance, of norm 1 in a layer"
-GATES = "norm of what a head writes by, its gate folded in"
+IMPORTANCE = "importance in its layer"
+GATES = "norm of output weights"
 # Of what importance is measured on.
 SENTENCES = 1024
 BATCH_TOKENS = 2048

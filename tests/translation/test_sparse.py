@@ -59,7 +59,7 @@ def test_heads_that_training_closes_are_removed_without_a_difference(
         scores(tmp_path / "out"), scores(tmp_path / "gated"), atol=1e-5
     )
     measure, heads = kept_heads(tmp_path / "out")
-    assert "gate" in measure and list(heads) == pruned.model.attention_names
+    assert "norm" in measure and list(heads) == pruned.model.attention_names
     for found in heads.values():
         assert len(found["kept"]) == 1 and 0.0 in found["values"]
     with pytest.raises(RunError, match="none of the 6 heads is closed"):
