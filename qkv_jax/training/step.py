@@ -193,18 +193,26 @@ def make_train_step(
 
 
 class _WithLoss:
-    """A jitted function of arguments and a loss, of which it is always the same."""
+    """A jitted function of arguments and a loss, of which it is always the same; lowered and
+    compiled ones are likewise."""
 
-    def __init__(self, jitted: Any, loss_fn: LossFn):
-        self._jitted = jitted
+    def __init__(self, program: Any, loss_fn: LossFn):
+        self._program = program
         self._loss = loss_fn if isinstance(loss_fn, Partial) else Partial(loss_fn)
 
     def __call__(self, *arguments: Any) -> Any:
-        return self._jitted(*arguments, self._loss)
+        return self._program(*arguments, self._loss)
 
-    def lower(self, *arguments: Any) -> Any:
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._program, name)
+
+    def lower(self, *arguments: Any) -> "_WithLoss":
         """As of a jitted function."""
-        return self._jitted.lower(*arguments, self._loss)
+        return _WithLoss(self._program.lower(*arguments, self._loss), self._loss)
+
+    def compile(self) -> "_WithLoss":
+        """As of a lowered one."""
+        return _WithLoss(self._program.compile(), self._loss)
 
 
 def make_eval_step(loss_fn: LossFn, *, mesh: Mesh) -> Callable[[Any, Batch], Metrics]:

@@ -277,7 +277,7 @@ class TranslationConfig:
         quantise: what the model learns to be rounded to, see `compression.imitate`: it is trained,
             evaluated and used as `qkv-jax compress` with the same options would have it.
         gates: what attention heads cost, so that those that are not worth it close: fine-tune a
-            trained model, then `qkv-jax prune --gates`. The latest checkpoint is used.
+            trained model, then `qkv-jax prune`, by its option `gates`. The latest checkpoint is used.
         sparsity: which weights become 0. The latest checkpoint is used.
         text: tokeniser and batches.
         model: sizes of the Transformer, or of the recurrent model; its vocabulary is the tokeniser's. With init_from, only
