@@ -40,12 +40,12 @@ CONFIG = TranslationConfig(
         peak_lr=2e-3, warmup_steps=200, schedule="linear", clip_norm=1.0
     ),
     training=TrainingConfig(
-        steps=3000,
-        evaluate_every=500,
-        checkpoint_every=500,
+        steps=5000,
+        evaluate_every=1000,
+        checkpoint_every=1000,
         metric="nll",
         keep=2,
         log_every=50,
     ),
-    decoding=DecodingConfig(beams=5, exact=True),
+    decoding=DecodingConfig(beams=5, exact=True, alpha=0.8),
 )
