@@ -32,8 +32,8 @@ from rich.table import Table
 from qkv_jax import data, training
 from qkv_jax.translation import Translator, evaluate_run, read_run, search
 from qkv_jax.translation.compress import compress_model, disk_bytes
+from qkv_jax.translation.loss import make_loss
 from qkv_jax.translation.models import param_count
-from qkv_jax.translation.run import make_loss
 from qkv_jax.translation.start import WEIGHTS, Start, is_compressed, load_start
 
 NUMBERS = ("parameters", "bytes on disk", "bytes in memory", "bytes of the search")

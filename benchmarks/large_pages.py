@@ -8,12 +8,12 @@ few updates each.
 """
 
 import os
-import statistics
 from contextlib import ExitStack
 
+import numpy as np
 import tyro
 
-from benchmarks.train_step import Setup, started
+from benchmarks.train_step import Setup, alternate, started
 
 KINDS = {"small": "0", "large": "1"}
 
@@ -26,21 +26,17 @@ def main(setup: Setup, *, rounds: int = 15, steps: int = 4) -> None:
         rounds: turns of each.
         steps: updates of a turn.
     """
-    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     with ExitStack() as stack:
-        sides = {}
-        for kind, number in KINDS.items():
+        sides = []
+        for number in KINDS.values():
             os.environ["GLIBC_TUNABLES"] = f"glibc.malloc.hugetlb={number}"
-            sides[kind] = stack.enter_context(started("ours", setup))
-        for _ in range(rounds):
-            for kind, side in sides.items():
-                side.send(steps)
-                seconds[kind] += side.recv()
-    medians = {kind: statistics.median(times) for kind, times in seconds.items()}
+            sides.append(stack.enter_context(started("ours", setup)))
+        seconds = alternate(sides, rounds, steps)
+    small, large = medians = np.median(seconds, axis=(1, 2))
     print(setup)
-    for kind, median in medians.items():
+    for kind, median in zip(KINDS, medians):
         print(f"{kind} pages: {median * 1e3:8.1f} ms an update")
-    print(f"small / large: {medians['small'] / medians['large']:.2f}x")
+    print(f"small / large: {small / large:.2f}x")
 
 
 if __name__ == "__main__":

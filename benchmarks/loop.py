@@ -29,8 +29,8 @@ from qkv_jax.data import ParallelData
 from qkv_jax.models import seq2seq
 from qkv_jax.training import in_directory, train_task
 from qkv_jax.translation import TextConfig, TranslationConfig, demo
+from qkv_jax.translation.loss import make_loss
 from qkv_jax.translation.models import init_params
-from qkv_jax.translation.run import make_loss
 
 
 def resident() -> float:

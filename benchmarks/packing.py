@@ -23,8 +23,9 @@ from qkv_jax import training
 from qkv_jax.cli.parsing import load_experiment
 from qkv_jax.data import train_iterator
 from qkv_jax.translation import TranslationConfig
+from qkv_jax.translation.loss import make_loss
 from qkv_jax.translation.models import init_params
-from qkv_jax.translation.run import make_loss, prepare
+from qkv_jax.translation.run import prepare
 
 MULTI30K = Path("experiments/translation/multi30k.py")
 

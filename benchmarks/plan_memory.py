@@ -55,8 +55,8 @@ def measured(setup: Setup, sizes: dict[str, int]) -> dict[str, float]:
     from qkv_jax import training
     from qkv_jax.models import seq2seq
     from qkv_jax.training.plan import plan_step
+    from qkv_jax.translation.loss import make_loss
     from qkv_jax.translation.models import init_params
-    from qkv_jax.translation.run import make_loss
 
     config = seq2seq.Config(
         vocabulary=setup.vocabulary,

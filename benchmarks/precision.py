@@ -33,8 +33,8 @@ from qkv_jax.models import seq2seq
 from qkv_jax.training import PrecisionConfig, precision
 from qkv_jax.translation import TranslationConfig
 from qkv_jax.translation.demo import CONFIG
+from qkv_jax.translation.loss import make_loss
 from qkv_jax.translation.models import init_params
-from qkv_jax.translation.run import make_loss
 
 Part = Literal["policies", "grid", "loss"]
 POLICIES: dict[str, PrecisionConfig] = {

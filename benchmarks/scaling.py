@@ -61,8 +61,8 @@ def planned(setup: Setup, sizes: dict[str, int], context: str) -> tuple[Any, Cal
     from qkv_jax import training
     from qkv_jax.models import seq2seq
     from qkv_jax.training.plan import plan_step
+    from qkv_jax.translation.loss import make_loss
     from qkv_jax.translation.models import init_params
-    from qkv_jax.translation.run import make_loss
 
     config = seq2seq.Config(
         vocabulary=setup.vocabulary,

@@ -131,8 +131,8 @@ def ours_step(setup: Setup) -> Step:
     """batch -> loss a token, after one update of our model."""
     from qkv_jax import training
     from qkv_jax.models import seq2seq
+    from qkv_jax.translation.loss import make_loss
     from qkv_jax.translation.models import init_params
-    from qkv_jax.translation.run import make_loss
 
     config = seq2seq.Config(
         vocabulary=setup.vocabulary,

@@ -16,8 +16,8 @@ import pytest
 from qkv_jax.tasks import TaskConfig
 from qkv_jax.training import read_metrics
 from qkv_jax.translation import TranslationConfig
+from qkv_jax.translation.loss import make_loss
 from qkv_jax.translation.models import init_params
-from qkv_jax.translation.run import make_loss
 from tests.translation import toy
 
 ROOT = Path(__file__).parents[1]

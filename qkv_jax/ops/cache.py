@@ -152,9 +152,8 @@ class KVCache:
         logits = jnp.einsum(
             "BKQH,BKHS->BKQS", grouped, key, preferred_element_type=dtype
         )
-        if (
-            self.scales is not None
-        ):  # Of numbers times one scale a slot, the sum times it.
+        if self.scales is not None:
+            # Of numbers times one scale a slot, the sum times it.
             logits = logits * self.scales[0]
         logits = logits.reshape(B, N, T, S) * jnp.asarray(scale, dtype)
         logits = logits if score is None else score.over(logits)

@@ -65,10 +65,10 @@ class DepthScore:
         middle.hist([per_text[right], per_text[~right]], bins=20, stacked=True)
         middle.legend(["right", "wrong"], title="the class is", fontsize=8)
         middle.set(xlabel="mean applications of a text", ylabel="texts")
-        position = outputs["depth"]
-        there = (position > 0).sum(axis=0)
-        kept = there >= max(1, len(position) // 20)
-        means = position.sum(axis=0)[kept] / there[kept]
+        there = (outputs["depth"] > 0).sum(axis=0)
+        # Places that few texts reach would be noise.
+        kept = there >= max(1, len(right) // 20)
+        means = outputs["depth"].sum(axis=0)[kept] / there[kept]
         last.plot(np.flatnonzero(kept), means, "o-", markersize=3)
         last.set(xlabel="place in the text", ylabel="mean applications")
         last.set_ylim(0, self.most)

@@ -3,13 +3,12 @@
 A checkpoint has the items `params`, `ema` and `masks` (where the run has them), `training` (step,
 optimizer state, rng, loss scale, what rounding lost) and `progress` (JSON: data position, best
 metric, and the like). Arrays are saved under their dotted names, so that none of the pytree classes
-is needed to read them. `files.json` lists the size of every file, so that one that was cut short is
-named before orbax meets it. Parameters that are not trained are the same in all checkpoints, and are
-kept once, before the first of them is begun, as run/checkpoints/constant/params/.
+is needed to read them, see `array_files`. Parameters that are not trained are the same in all
+checkpoints, and are kept once, before the first of them is begun, as
+run/checkpoints/constant/params/.
 """
 
 import functools
-import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -23,13 +22,23 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from qkv_jax.training.adapters import FinetuneConfig, merge_params, split_params
+from qkv_jax.training.array_files import (
+    check_sizes,
+    cut_short,
+    flatten,
+    load_arrays,
+    restore_arrays,
+    save_arrays,
+    unflatten,
+    without_places,
+    write_sizes,
+)
 from qkv_jax.training.distributed import is_first, on_first
 from qkv_jax.training.errors import DamagedCheckpoint, RunError
 from qkv_jax.training.sparsity import Masks, masks_like
 from qkv_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
-SIZES_FILE = "files.json"
 CONSTANT = "constant"
 PROGRESS = "progress"
 Checkpoint = int | Literal["best", "latest", "average"]
@@ -107,7 +116,7 @@ class CheckpointStore:
 
     def _write_sizes(self) -> None:
         if is_first():
-            _write_sizes(_step_directory(self.directory, self._saving))
+            write_sizes(_step_directory(self.directory, self._saving))
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The latest checkpoint, or None where there is none yet.
@@ -146,13 +155,13 @@ class CheckpointStore:
         progress = _read_progress(checkpoint)
         self._policy.best_step = progress.get("best_step")
         items = {
-            name: _restore(checkpoint, name, item)
+            name: restore_arrays(checkpoint, name, item)
             for name, item in _items(like).items()
         }
         _check_dtypes(checkpoint, items, like)
-        training = _unflatten(_training(like), items["training"])
+        training = unflatten(_training(like), items["training"])
         parts = {
-            name: _unflatten(getattr(like, name), items[name])
+            name: unflatten(getattr(like, name), items[name])
             for name in ("params", "ema", "masks")
             if name in items
         }
@@ -273,17 +282,17 @@ def restore_masks(directory: str | os.PathLike, params: Any) -> Masks | None:
         RunError: see restore_params.
     """
     checkpoint = _step_directory(directory, _choose(directory, "latest"))
-    _check_sizes(checkpoint)
+    check_sizes(checkpoint)
     if not (checkpoint / "masks").is_dir():
         return None
     try:
         saved = ocp.PyTreeCheckpointHandler().metadata(checkpoint / "masks").tree
     except Exception as error:
-        raise _cut_short(checkpoint, error) from error
+        raise cut_short(checkpoint, error) from error
     names = {name.removesuffix(".value") for name in saved}
     like = jax.eval_shape(lambda: masks_like(params, names))
-    arrays = _restore(checkpoint, "masks", flatten(_host(like)))
-    return jax.tree.map(jnp.asarray, _unflatten(like, arrays))
+    arrays = restore_arrays(checkpoint, "masks", flatten(without_places(like)))
+    return jax.tree.map(jnp.asarray, unflatten(like, arrays))
 
 
 def load_params(
@@ -314,29 +323,6 @@ def load_params(
     return restore_params(directory, like, step=checkpoint, finetune=finetune)
 
 
-def save_arrays(place: Path, arrays: Mapping[str, Any]) -> None:
-    """Writes arrays by name, with the sizes of their files."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(place.absolute() / "params", dict(arrays), force=True)
-    on_first(lambda: _write_sizes(place))
-
-
-def load_arrays(place: Path, like: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """What `save_arrays` wrote.
-
-    Args:
-        place: given to it.
-        like: names, and shapes and dtypes, as ShapeDtypeStructs; where these have shardings,
-            the arrays are put there.
-
-    Raises:
-        DamagedCheckpoint: it is missing or cut short.
-        RunError: it holds other arrays.
-    """
-    _check_sizes(place)
-    return _restore(place.absolute(), "params", like)
-
-
 class _KeepLatestAndBest(PreservationPolicy):
     def __init__(self, keep: int):
         self.keep = keep
@@ -364,23 +350,6 @@ def _items(state: TrainState) -> dict[str, dict[str, Any]]:
 def _training(state: TrainState) -> dict[str, Any]:
     names = ("step", "opt_state", "rng", "precision")
     return {name: getattr(state, name) for name in names}
-
-
-def flatten(tree: Any) -> dict[str, Any]:
-    """The leaves of a pytree by their dotted names."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    named = {
-        jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves
-    }
-    if len(named) != len(leaves):
-        raise ValueError("two leaves of the pytree have the same dotted name.")
-    return named
-
-
-def _unflatten(like: Any, named: Mapping[str, Any]) -> Any:
-    return jax.tree.unflatten(
-        jax.tree.structure(like), [named[name] for name in flatten(like)]
-    )
 
 
 def _step_directory(directory: str | os.PathLike, step: int) -> Path:
@@ -417,16 +386,15 @@ def _whole_params(
     name = "ema" if (checkpoint / "ema").is_dir() else "params"
     split = functools.partial(split_params, finetune=finetune)
     trained, constant = jax.eval_shape(split, like)
-    _check_sizes(checkpoint)
-    saved = _unflatten(trained, _restore(checkpoint, name, flatten(_host(trained))))
+    check_sizes(checkpoint)
+    saved = unflatten(
+        trained, restore_arrays(checkpoint, name, flatten(without_places(trained)))
+    )
     # What was kept in bfloat16 is used as all else.
     saved = jax.tree.map(lambda x, y: x.astype(y.dtype, copy=False), saved, trained)
-    return merge_params(saved, _restore_constant(checkpoint, _host(constant)), finetune)
-
-
-def _host(like: Any) -> Any:
-    """Shapes without shardings, which are restored as numpy arrays."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
+    return merge_params(
+        saved, _restore_constant(checkpoint, without_places(constant)), finetune
+    )
 
 
 def _restore_constant(checkpoint: Path, like: Any) -> Any:
@@ -435,54 +403,13 @@ def _restore_constant(checkpoint: Path, like: Any) -> Any:
         return None
     place = checkpoint.with_name(CONSTANT)
     try:
-        return _unflatten(like, load_arrays(place, flatten(like)))
+        return unflatten(like, load_arrays(place, flatten(like)))
     except DamagedCheckpoint as error:
         # Not a damaged checkpoint: no earlier one could do without it.
         raise RunError(
             f"{place} is missing, cut short or damaged, and all checkpoints of the run need it: "
             "bring it back from a copy, or train again in another directory."
         ) from error
-
-
-def _restore(checkpoint: Path, item: str, like: Mapping[str, Any]) -> dict[str, Any]:
-    """One item's arrays: where `like` says, or as numpy arrays where it has no shardings."""
-    directory = checkpoint / item
-    handler = ocp.PyTreeCheckpointHandler()
-    try:
-        saved = handler.metadata(directory).tree
-    except Exception as error:
-        raise _cut_short(checkpoint, error) from error
-    _check_same(checkpoint, {name: x.shape for name, x in saved.items()}, like)
-    restore_args = {name: _restore_args(x) for name, x in like.items()}
-    try:
-        return handler.restore(
-            directory, args=ocp.args.PyTreeRestore(restore_args=restore_args)
-        )
-    except Exception as error:
-        raise _cut_short(checkpoint, error) from error
-
-
-def _restore_args(like: Any) -> ocp.RestoreArgs:
-    if like.sharding is None:
-        return ocp.RestoreArgs(restore_type=np.ndarray)
-    return ocp.ArrayRestoreArgs(sharding=like.sharding)
-
-
-def _check_same(
-    checkpoint: Path, saved: dict[str, tuple], like: Mapping[str, Any]
-) -> None:
-    wanted = {name: tuple(x.shape) for name, x in like.items()}
-    wrong = sorted(
-        name
-        for name in saved.keys() | wanted.keys()
-        if saved.get(name) != wanted.get(name)
-    )
-    if wrong:
-        there, here = saved.get(wrong[0], "absent"), wanted.get(wrong[0], "absent")
-        raise RunError(
-            f"{checkpoint} is of another model or optimizer ({wrong[0]!r} is {there} there, {here} "
-            f"here; {len(wrong)} arrays differ): use the configuration in the run's config.json."
-        )
 
 
 def _check_dtypes(
@@ -499,73 +426,18 @@ def _check_dtypes(
 
 
 def _read_progress(checkpoint: Path) -> dict[str, Any]:
-    _check_sizes(checkpoint)
+    check_sizes(checkpoint)
     try:
         return dict(ocp.JsonCheckpointHandler().restore(checkpoint / PROGRESS))
     except Exception as error:
-        raise _cut_short(checkpoint, error) from error
+        raise cut_short(checkpoint, error) from error
 
 
 def _replace_progress(checkpoint: Path, progress: Mapping[str, Any]) -> None:
     # Its size is no longer known; that it is cut short would show in its JSON.
-    _write_sizes(checkpoint, without=PROGRESS)
+    write_sizes(checkpoint, without=PROGRESS)
     place = checkpoint / PROGRESS
     with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix=".tell-") as made:
         ocp.JsonCheckpointHandler().save(Path(made), dict(progress))
         for file in Path(made).iterdir():
             os.replace(file, place / file.name)
-
-
-def _sizes(checkpoint: Path) -> dict[str, int]:
-    """Bytes of every file of the items; orbax still writes beside them as it commits."""
-    files = (path for path in checkpoint.glob("*/**/*") if path.is_file())
-    return {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
-
-
-def _write_sizes(checkpoint: Path, *, without: str | None = None) -> None:
-    """Into the finished checkpoint, be it before or after orbax gave it its final name.
-
-    Args:
-        checkpoint: its final name.
-        without: an item whose files are left out.
-    """
-    places = [*checkpoint.parent.glob(checkpoint.name + ".*"), checkpoint]
-    place = next(path for path in places if path.is_dir())
-    temporary = place / (SIZES_FILE + ".tmp")
-    sizes = {
-        name: size
-        for name, size in _sizes(place).items()
-        if Path(name).parts[0] != without
-    }
-    temporary.write_text(json.dumps(sizes), encoding="utf-8")
-    os.replace(temporary, place / SIZES_FILE)
-
-
-def _check_sizes(checkpoint: Path) -> None:
-    """Raises for a file that is missing or cut; a checkpoint without a list passes."""
-    file = checkpoint / SIZES_FILE
-    if not file.exists():
-        return
-    try:
-        wanted = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise _cut_short(checkpoint, f"{SIZES_FILE}: {error}") from error
-    found = _sizes(checkpoint)
-    for name, size in wanted.items():
-        if found.get(name) != size:
-            there = (
-                f"has {found[name]} bytes, not {size}"
-                if name in found
-                else "is missing"
-            )
-            raise _cut_short(checkpoint, f"{name} {there}")
-
-
-def _cut_short(checkpoint: Path, cause: Exception | str) -> DamagedCheckpoint:
-    what = (str(cause).splitlines() or [""])[0][:120]
-    if isinstance(cause, Exception):
-        what = f"{type(cause).__name__}: {what}"
-    return DamagedCheckpoint(
-        f"{checkpoint} is cut short or damaged ({what}): move that directory away, "
-        "and the run goes on from the checkpoint before it."
-    )

@@ -104,6 +104,9 @@ class SparsityConfig:
         return (self.final or 0.0) * (1.0 - (1.0 - jnp.clip(done, 0.0, 1.0)) ** 3)
 
 
+NO_SPARSITY = SparsityConfig()
+
+
 def check_sparsity(
     sparsity: SparsityConfig, training: Any, finetune: FinetuneConfig
 ) -> None:
@@ -149,10 +152,10 @@ def new_masks(params: Any, sparsity: SparsityConfig) -> Masks:
 
 
 def check_masks(
-    params: Any, finetune: FinetuneConfig | None, sparsity: SparsityConfig | None
+    params: Any, finetune: FinetuneConfig | None, sparsity: SparsityConfig
 ) -> None:
     """Raises ValueError where new_masks would, of arrays or ShapeDtypeStructs; makes nothing."""
-    if sparsity is not None and sparsity.final is not None:
+    if sparsity.final is not None:
         jax.eval_shape(
             lambda x: new_masks(split_params(x, finetune)[0], sparsity), params
         )

@@ -18,7 +18,13 @@ from qkv_jax.training.precision import (
     start_precision,
 )
 from qkv_jax.training.sharding import place_state, state_shardings
-from qkv_jax.training.sparsity import Masks, SparsityConfig, apply_masks, new_masks
+from qkv_jax.training.sparsity import (
+    NO_SPARSITY,
+    Masks,
+    SparsityConfig,
+    apply_masks,
+    new_masks,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -58,7 +64,7 @@ def create_state(
     rng_impl: str = "rbg",
     ema: bool = False,
     finetune: FinetuneConfig | None = None,
-    sparsity: SparsityConfig | None = None,
+    sparsity: SparsityConfig = NO_SPARSITY,
     masks: Masks | None = None,
     precision: PrecisionConfig = DEFAULT,
 ) -> TrainState:
@@ -74,7 +80,7 @@ def create_state(
         rng_impl: jax PRNG implementation; "rbg" is cheap on CPU and on accelerators.
         ema: keep an average of what is trained, which starts at it.
         finetune: which part is trained; None: all.
-        sparsity: which of its weights will be 0; None: none.
+        sparsity: which of its weights will be 0.
         masks: which are, from the start, where sparsity is that of a ticket.
         precision: what is kept of it.
 
@@ -101,7 +107,7 @@ def abstract_state(
     rng_impl: str = "rbg",
     ema: bool = False,
     finetune: FinetuneConfig | None = None,
-    sparsity: SparsityConfig | None = None,
+    sparsity: SparsityConfig = NO_SPARSITY,
     precision: PrecisionConfig = DEFAULT,
 ) -> TrainState:
     """The shapes, dtypes and shardings of what create_state would make; nothing is made."""
@@ -123,7 +129,7 @@ def _creator(
         whole = params() if callable(params) else given[0]
         whole, masks = apply_masks(whole, given[1]), given[1]
         made, constant = split_params(whole, finetune, seed=seed)
-        if masks is None and sparsity is not None and sparsity.final is not None:
+        if masks is None and sparsity.final is not None:
             masks = new_masks(made, sparsity)
         return TrainState(
             step=jnp.zeros((), jnp.int32),

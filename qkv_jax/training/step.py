@@ -28,6 +28,7 @@ from qkv_jax.training.sharding import (
     state_shardings,
 )
 from qkv_jax.training.sparsity import (
+    NO_SPARSITY,
     SparsityConfig,
     apply_masks,
     next_masks,
@@ -58,7 +59,7 @@ def make_train_step(
     averaged: Callable[[Any, Any], Any] | None = None,
     rng_impl: str = "rbg",
     finetune: FinetuneConfig | None = None,
-    sparsity: SparsityConfig | None = None,
+    sparsity: SparsityConfig = NO_SPARSITY,
     precision: PrecisionConfig = DEFAULT,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A jitted step that minimises the loss per real token of the whole batch.
@@ -111,7 +112,7 @@ def make_train_step(
 
     def masked(state: TrainState) -> TrainState:
         """Before an update, so that one that is skipped leaves new masks in force."""
-        if sparsity is None or state.masks is None:
+        if state.masks is None:
             return state
         masks = next_masks(state.masks, state.params, state.step, sparsity)
         return dataclasses.replace(

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from qkv_jax.training.adapters import FinetuneConfig, count_params
 from qkv_jax.training.checkpoint import checkpoint_steps
+from qkv_jax.training.config import TrainingConfig
 from qkv_jax.training.distributed import (
     DistributedConfig,
     check_same,
@@ -22,7 +23,7 @@ from qkv_jax.training.distributed import (
     on_first,
 )
 from qkv_jax.training.errors import RunError
-from qkv_jax.training.loop import BatchIterator, TrainingConfig, TrainResult, train
+from qkv_jax.training.loop import BatchIterator, TrainResult, train
 from qkv_jax.training.model_card import (
     CARD_FILE,
     Section,
@@ -39,7 +40,7 @@ from qkv_jax.training.plain import from_plain
 from qkv_jax.training.precision import PrecisionConfig
 from qkv_jax.training.runs import RunConfig, finish_run, locked, open_run, write_text
 from qkv_jax.training.sharding import MeshConfig, make_mesh, state_shardings
-from qkv_jax.training.sparsity import Masks, SparsityConfig, check_masks
+from qkv_jax.training.sparsity import NO_SPARSITY, Masks, SparsityConfig, check_masks
 from qkv_jax.training.step import LossFn
 from qkv_jax.training.stopping import saved_at
 
@@ -99,7 +100,7 @@ class Task:
     share: tuple[int, int] = (0, 1)
     evaluate: Evaluate | None = None
     finetune: FinetuneConfig | None = None
-    sparsity: SparsityConfig | None = None
+    sparsity: SparsityConfig = NO_SPARSITY
     masks: Masks | None = None
     report: Sequence[str] = ()
     identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -27,8 +27,8 @@ from qkv_jax.data import Pair
 from qkv_jax.interop import new_directory
 from qkv_jax.models import seq2seq
 from qkv_jax.translation.config import LanguageConfig
+from qkv_jax.translation.loss import module_loss
 from qkv_jax.translation.models import FLOAT, model_graph
-from qkv_jax.translation.run import module_loss
 from qkv_jax.translation.start import (
     NO_LANGUAGES,
     Checkpoint,

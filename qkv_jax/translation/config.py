@@ -374,7 +374,8 @@ class TranslationConfig:
     def _check_gates(self) -> None:
         if not self.gates.on:
             return
-        if self.gates.on and isinstance(self.model, recurrent.Config):
+        headless = isinstance(self.model, recurrent.Config)
+        if headless:
             raise ValueError(
                 "gates are of attention heads, and the recurrent model has none: leave out "
                 "gates.penalty."

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from qkv_jax import training
 from qkv_jax.compression import (
     GateConfig,
     Quantisation,
@@ -57,8 +58,7 @@ def param_count(config: ModelConfig) -> int:
 def params_digest(params: Any) -> str:
     """SHA-256 of the names, kinds and values of parameters, which are fetched to the host."""
     whole = hashlib.sha256()
-    for path, x in jax.tree_util.tree_leaves_with_path(params):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
+    for name, x in training.flatten(params).items():
         whole.update(f"{name} {x.dtype} {x.shape}\n".encode())
         whole.update(np.ascontiguousarray(x).tobytes())
     return whole.hexdigest()

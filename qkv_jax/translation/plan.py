@@ -12,8 +12,8 @@ from qkv_jax.data import PAD
 from qkv_jax.models import seq2seq
 from qkv_jax.training.plan import HARDWARE, Hardware, Plan, plan_step
 from qkv_jax.translation.config import TranslationConfig
+from qkv_jax.translation.loss import make_loss
 from qkv_jax.translation.models import init_params
-from qkv_jax.translation.run import make_loss
 from qkv_jax.translation.start import started
 
 
@@ -41,7 +41,6 @@ def plan_run(config: TranslationConfig) -> Plan:
     model = model if start is None else start.model
     if not isinstance(model, seq2seq.Config):
         raise training.RunError("plan knows what a Transformer costs, not this model")
-    sparsity = config.sparsity if config.sparsity.final is not None else None
     try:
         mesh = training.make_mesh(config.mesh)
         seq2seq.check_mesh(model, mesh.shape)
@@ -53,7 +52,7 @@ def plan_run(config: TranslationConfig) -> Plan:
             rng_impl=config.training.rng_impl,
             ema=config.training.ema_decay is not None or config.optimizer.averages,
             finetune=config.finetune,
-            sparsity=sparsity,
+            sparsity=config.sparsity,
             precision=config.precision,
         )
     except ValueError as error:
@@ -67,7 +66,7 @@ def plan_run(config: TranslationConfig) -> Plan:
         averaged=training.averaged_params if config.optimizer.averages else None,
         rng_impl=config.training.rng_impl,
         finetune=config.finetune,
-        sparsity=sparsity,
+        sparsity=config.sparsity,
         precision=config.precision,
     )
     multiple = training.batch_shares(mesh) * config.training.accumulate

@@ -40,7 +40,7 @@ class Teacher(NamedTuple):
 
         Args:
             params: its own, as an argument of the program that this is part of.
-            batch: see `qkv_jax.translation.run.make_loss`.
+            batch: see `qkv_jax.translation.loss.make_loss`.
             start, eos: ids that targets start from and end with.
         """
         model = nnx.merge(model_graph(self.model), params)

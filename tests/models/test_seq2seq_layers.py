@@ -12,8 +12,8 @@ from qkv_jax.layers import run_blocks
 from qkv_jax.models.seq2seq import Config, Model
 from qkv_jax.ops import split_rng
 from qkv_jax.training import MeshConfig, make_mesh, place_batch, place_state
+from qkv_jax.translation.loss import make_loss
 from qkv_jax.translation.models import init_params
-from qkv_jax.translation.run import make_loss
 from tests.jaxprs import equations
 
 CONFIG = Config(

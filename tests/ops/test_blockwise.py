@@ -1,7 +1,6 @@
 """Attention in blocks: blocks of any size, what is skipped, and what never stands in memory."""
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from qkv_jax.ops import (
 )
 from qkv_jax.ops.masks import Blocks
 from qkv_jax.ops.parts import Plan
+from tests.jaxprs import equations
 from tests.ops.cases import CASES, Case, ints
 from tests.ops.test_attention import close, expected, normal, pulled, qkv
 
@@ -178,11 +178,9 @@ def test_a_block_that_is_skipped_is_not_read():
 
 def arrays_of(jaxpr):
     """Shapes of all arrays that a jaxpr and those within it make."""
-    for equation in jaxpr.eqns:
+    for equation in equations(jaxpr):
         for variable in equation.outvars:
             yield getattr(variable.aval, "shape", ())
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from arrays_of(inner)
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,8 @@ from qkv_jax.training import (
     restore_params,
 )
 from qkv_jax.training.precision import keep_params, stochastic_round, widen
+from qkv_jax.translation.loss import make_loss
 from qkv_jax.translation.models import init_params
-from qkv_jax.translation.run import make_loss
 from tests.jaxprs import equations
 from tests.training import toy
 

@@ -18,8 +18,8 @@ from qkv_jax.translation.compress import (
     prune_model,
 )
 from qkv_jax.translation.exchange import export_model
+from qkv_jax.translation.loss import make_loss
 from qkv_jax.translation.models import param_count
-from qkv_jax.translation.run import make_loss
 from qkv_jax.translation.start import COMPRESSED, WEIGHTS, load_start
 from tests.translation import toy
 

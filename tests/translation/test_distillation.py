@@ -13,9 +13,10 @@ from qkv_jax import training
 from qkv_jax.models import seq2seq
 from qkv_jax.training import MeshConfig, OptimizerConfig, Outcome, RunError, make_mesh
 from qkv_jax.translation import DistillationConfig, load_run, read_run
+from qkv_jax.translation.loss import make_loss
 from qkv_jax.translation.models import init_params, model_graph, new_model
 from qkv_jax.translation.plan import plan_run
-from qkv_jax.translation.run import make_loss, prepare
+from qkv_jax.translation.run import prepare
 from qkv_jax.translation.teacher import Teacher, load_teacher, make_teacher
 from tests.translation import toy
 from tests.translation.test_loss import batch

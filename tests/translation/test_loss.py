@@ -9,8 +9,8 @@ import pytest
 from qkv_jax import training
 from qkv_jax.models import recurrent, seq2seq
 from qkv_jax.training import MeshConfig, OptimizerConfig, make_mesh
+from qkv_jax.translation.loss import make_loss
 from qkv_jax.translation.models import init_params
-from qkv_jax.translation.run import make_loss
 from tests.translation import toy
 
 SIZES = {"encoder_layers": 1, "decoder_layers": 1, "vocabulary": 24}

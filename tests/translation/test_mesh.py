@@ -16,8 +16,8 @@ from qkv_jax import training
 from qkv_jax.models import seq2seq
 from qkv_jax.training import MeshConfig, make_mesh
 from qkv_jax.translation import DecodingConfig, Translator
+from qkv_jax.translation.loss import make_loss
 from qkv_jax.translation.models import init_params
-from qkv_jax.translation.run import make_loss
 
 CONFIG = seq2seq.Config(
     vocabulary=88,

@@ -23,8 +23,8 @@ from qkv_jax.training import (
 from qkv_jax.translation import load_translator
 from qkv_jax.translation.compress import compress_model, kept_heads, prune_model
 from qkv_jax.translation.draw import draw_kept
+from qkv_jax.translation.loss import make_loss
 from qkv_jax.translation.models import gated_params
-from qkv_jax.translation.run import make_loss
 from qkv_jax.translation.start import load_start
 from qkv_jax.translation.tickets import begun
 from tests.translation import toy
