@@ -3,7 +3,8 @@
     qkv-jax train experiments/recurrent/interface.py
 
 Text, batches, updates and search are those of `qkv-jax demo`, so that the two compare; the optimizer is
-Adam: Muon gave 23.2. Hardware and time: README.md beside this file. Expected: within 4 BLEU of the Transformer's 41.6; measured: 25.9.
+Adam: Muon gave 23.2. Hardware and time: README.md beside this file. Expected: within 4 BLEU of the
+Transformer's 41.6; measured: 25.9.
 """
 
 import dataclasses
