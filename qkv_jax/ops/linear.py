@@ -10,7 +10,6 @@ Sources: Katharopoulos et al. 2020, arXiv 2006.16236; Choromanski et al. 2021, a
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 from qkv_jax.ops.attention import check_arguments
 
 Array = jax.Array
+Feature = Callable[[Array], Array]
 CHUNK = 64
 
 
@@ -32,7 +32,7 @@ def linear_attention(
     key: Array,
     value: Array,
     *,
-    feature_map: Callable[[Array], Array] = elu_plus_one,
+    feature_map: Feature = elu_plus_one,
     key_mask: Array | None = None,
     mask: Array | None = None,
 ) -> Array:
@@ -54,19 +54,8 @@ def linear_attention(
 
     Source: Katharopoulos et al. 2020, eq. 5.
     """
-    queries, keys, values, bad = _features(query, key, value, feature_map, key_mask)
-    if mask is not None:
-        _, T, K, G, _ = queries.shape
-        allowed = jnp.broadcast_to(mask, (len(query), K * G, T, key.shape[1]))
-        pairs = jnp.einsum("BTKGF,BSKF->BKGTS", queries, keys)
-        pairs = jnp.where(allowed.reshape(pairs.shape), pairs, 0.0)
-        top = jnp.einsum("BKGTS,BSKE->BTKGE", pairs, values)
-        bottom = jnp.moveaxis(pairs.sum(-1), 3, 1)
-        return _ratio(top, bottom, bad.any(axis=1, keepdims=True), query)
-    memory = jnp.einsum("BSKF,BSKE->BKFE", keys, values)
-    top = jnp.einsum("BTKGF,BKFE->BTKGE", queries, memory)
-    bottom = jnp.einsum("BTKGF,BKF->BTKG", queries, keys.sum(axis=1))
-    return _ratio(top, bottom, bad.any(axis=1, keepdims=True), query)
+    there = _there(key, key_mask)
+    return _all(query, key, value, there, (feature_map, feature_map), mask)
 
 
 def causal_linear_attention(
@@ -74,52 +63,18 @@ def causal_linear_attention(
     key: Array,
     value: Array,
     *,
-    feature_map: Callable[[Array], Array] = elu_plus_one,
+    feature_map: Feature = elu_plus_one,
     key_mask: Array | None = None,
 ) -> Array:
     """The same, but query t sees the keys 0 .. t: T = S.
 
-    O(T F E) time and O(T (F + E) + T / CHUNK F E) memory, in reverse, too.
+    O(T F E) time and O(T (H + E) + T / CHUNK F E) memory, in reverse, too: features are made a chunk
+    at a time, and made again in reverse.
 
     Source: Katharopoulos et al. 2020, section 3.3. Difference: in chunks.
     """
-    if query.shape[1] != key.shape[1]:
-        raise ValueError(
-            "query and key must be of one length in the causal form; got "
-            f"{query.shape} and {key.shape}."
-        )
-    T = query.shape[1]
-    *parts, bad = _features(query, key, value, feature_map, key_mask)
-    size = min(CHUNK, max(T, 1))
-
-    def cut(x: Array) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, -T % size), *((0, 0),) * (x.ndim - 2)))
-        x = x.reshape(x.shape[0], x.shape[1] // size, size, *x.shape[2:])
-        return x.swapaxes(0, 1)
-
-    earlier = jnp.tril(jnp.ones((size, size), bool))[None, None, None]
-
-    @jax.checkpoint
-    def step(state, chunk):
-        memory, norm = state
-        q, k, v = chunk
-        pairs = jnp.einsum("BTKGF,BSKF->BKGTS", q, k)
-        pairs = jnp.where(earlier, pairs, 0.0)
-        top = jnp.einsum("BKGTS,BSKE->BTKGE", pairs, v)
-        top = top + jnp.einsum("BTKGF,BKFE->BTKGE", q, memory)
-        bottom = jnp.moveaxis(pairs.sum(-1), 3, 1)
-        bottom = bottom + jnp.einsum("BTKGF,BKF->BTKG", q, norm)
-        memory = memory + jnp.einsum("BSKF,BSKE->BKFE", k, v)
-        return (memory, norm + k.sum(axis=1)), (top, bottom)
-
-    B, _, K, F = parts[1].shape
-    state = _zeros(B, K, F, value.shape[3], parts[1].dtype)
-    _, (top, bottom) = jax.lax.scan(step, state, tuple(map(cut, parts)))
-    top, bottom = (
-        x.swapaxes(0, 1).reshape(B, len(x) * size, *x.shape[3:])[:, :T]
-        for x in (top, bottom)
-    )
-    return _ratio(top, bottom, jnp.cumsum(bad, axis=1) > 0, query)
+    there = _there(key, key_mask)
+    return _causal(query, key, value, there, (feature_map, feature_map))
 
 
 @jax.tree_util.register_dataclass
@@ -145,7 +100,7 @@ def linear_attention_step(
     value: Array,
     state: LinearState,
     *,
-    feature_map: Callable[[Array], Array] = elu_plus_one,
+    feature_map: Feature = elu_plus_one,
 ) -> tuple[Array, LinearState]:
     """One position of `causal_linear_attention`: query (B, 1, N, H), key and value likewise.
 
@@ -156,7 +111,8 @@ def linear_attention_step(
         raise ValueError(
             f"query and key must be of length 1; got {query.shape} and {key.shape}."
         )
-    q, k, v, bad = _features(query, key, value, feature_map, None)
+    maps = feature_map, feature_map
+    q, k, v, bad = _features(query, key, value, _there(key, None), maps)
     memory = state.memory + jnp.einsum("BSKF,BSKE->BKFE", k, v)
     norm = jnp.where(bad[:, 0, :, None], jnp.nan, state.norm + k.sum(axis=1))
     top = jnp.einsum("BTKGF,BKFE->BTKGE", q, memory)
@@ -232,24 +188,89 @@ def performer_attention(
         )
     wide = jnp.promote_types(query.dtype, jnp.float32)
     projection = jnp.asarray(projection, wide)
+    scale = query.shape[3] ** -0.25
     there = _there(key, key_mask)
-    finite = jnp.isfinite(key).all(axis=-1, keepdims=True)
-    keys = jnp.where(there & finite, key, jnp.zeros((), key.dtype))
-    q, k = (x.astype(wide) * query.shape[3] ** -0.25 for x in (query, keys))
-    tops = [jax.lax.stop_gradient(_exponents(x, projection)) for x in (q, k)]
+    used = there & jnp.isfinite(key).all(axis=-1, keepdims=True)
+    keys = jax.lax.stop_gradient(jnp.where(used, key, jnp.zeros((), key.dtype)))
+    tops = _exponents(keys.astype(wide) * scale, projection)
     # A key that is not there must not set the scale: those that are might all be lost.
-    heads = tops[1].max((1, 3), keepdims=True, where=there & finite, initial=-jnp.inf)
-    q = favor_features(q, projection, shift=tops[0].max(axis=-1, keepdims=True))
-    k = favor_features(k, projection, shift=jnp.where(heads == -jnp.inf, 0.0, heads))
-    k = jnp.where(finite, k, jnp.nan)
-    options: dict[str, Any] = {"feature_map": lambda x: x, "key_mask": key_mask}
-    if causal and mask is None:
-        out = causal_linear_attention(q, k, value.astype(wide), **options)
-    elif causal:
+    tops = tops.max((1, 3), keepdims=True, where=used, initial=-jnp.inf)
+    tops = jnp.where(tops == -jnp.inf, 0.0, tops)
+
+    def of_queries(x: Array) -> Array:
+        exponents = _exponents(x * scale, projection)
+        top = exponents.max(axis=-1, keepdims=True)
+        return jnp.exp(exponents - jax.lax.stop_gradient(top))
+
+    def of_keys(x: Array) -> Array:
+        return favor_features(x * scale, projection, shift=tops)
+
+    maps = of_queries, of_keys
+    if not causal:
+        return _all(query, key, value, there, maps, mask)
+    if mask is not None:
         raise ValueError("a mask says what is causal: give one of the two.")
-    else:
-        out = linear_attention(q, k, value.astype(wide), mask=mask, **options)
-    return out.astype(query.dtype)
+    return _causal(query, key, value, there, maps)
+
+
+def _all(query, key, value, there, maps, mask):
+    """Every query with every key, or with those of a mask."""
+    queries, keys, values, bad = _features(query, key, value, there, maps)
+    bad = bad.any(axis=1, keepdims=True)
+    if mask is not None:
+        _, T, K, G, _ = queries.shape
+        allowed = jnp.broadcast_to(mask, (len(query), K * G, T, key.shape[1]))
+        pairs = jnp.einsum("BTKGF,BSKF->BKGTS", queries, keys)
+        pairs = jnp.where(allowed.reshape(pairs.shape), pairs, 0.0)
+        top = jnp.einsum("BKGTS,BSKE->BTKGE", pairs, values)
+        bottom = jnp.moveaxis(pairs.sum(-1), 3, 1)
+        return _ratio(top, bottom, bad, query)
+    memory = jnp.einsum("BSKF,BSKE->BKFE", keys, values)
+    top = jnp.einsum("BTKGF,BKFE->BTKGE", queries, memory)
+    bottom = jnp.einsum("BTKGF,BKF->BTKG", queries, keys.sum(axis=1))
+    return _ratio(top, bottom, bad, query)
+
+
+def _causal(query, key, value, there, maps):
+    """A chunk at a time: what is of the sequence's length are the arguments and the output alone."""
+    if query.shape[1] != key.shape[1]:
+        raise ValueError(
+            "query and key must be of one length in the causal form; got "
+            f"{query.shape} and {key.shape}."
+        )
+    check_arguments(query, key, value, None)
+    B, T, _, _ = query.shape
+    K, E = value.shape[2:]
+    size = min(CHUNK, max(T, 1))
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, -T % size), *((0, 0),) * (x.ndim - 2)))
+        x = x.reshape(x.shape[0], x.shape[1] // size, size, *x.shape[2:])
+        return x.swapaxes(0, 1)
+
+    earlier = jnp.tril(jnp.ones((size, size), bool))[None, None, None]
+
+    @jax.checkpoint
+    def step(state, chunk):
+        memory, norm, before = state
+        rows, keys, values, here = chunk
+        q, k, v, bad = _features(rows, keys, values, here, maps)
+        pairs = jnp.einsum("BTKGF,BSKF->BKGTS", q, k)
+        pairs = jnp.where(earlier, pairs, 0.0)
+        top = jnp.einsum("BKGTS,BSKE->BTKGE", pairs, v)
+        top = top + jnp.einsum("BTKGF,BKFE->BTKGE", q, memory)
+        bottom = jnp.moveaxis(pairs.sum(-1), 3, 1)
+        bottom = bottom + jnp.einsum("BTKGF,BKF->BTKG", q, norm)
+        memory = memory + jnp.einsum("BSKF,BSKE->BKFE", k, v)
+        bad = before[:, None] | (jnp.cumsum(bad, axis=1) > 0)
+        out = _ratio(top, bottom, bad, rows)
+        return (memory, norm + k.sum(axis=1), bad[:, -1]), out
+
+    features = jax.eval_shape(maps[1], key).shape[-1]
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    state = *_zeros(B, K, features, E, wide), jnp.zeros((B, K), bool)
+    _, out = jax.lax.scan(step, state, tuple(map(cut, (query, key, value, there))))
+    return out.swapaxes(0, 1).reshape(B, -1, *out.shape[3:])[:, :T]
 
 
 def _exponents(x: Array, projection: Array) -> Array:
@@ -270,8 +291,8 @@ def _there(key, key_mask):
     return jnp.asarray(key_mask)[:, :, None, None]
 
 
-def _features(query, key, value, feature_map, key_mask):
-    """phi of queries (B, T, K, G, F) and keys (B, S, K, F), and values, all float32 at least.
+def _features(query, key, value, there, maps):
+    """Features of queries (B, T, K, G, F) and keys (B, S, K, F), and values, all float32 at least.
 
     Also which keys are there and not finite, (B, S, K) bool. As those that are not there, they have
     no features: 0 times NaN would be NaN, for rows that do not see them and in gradients.
@@ -280,11 +301,10 @@ def _features(query, key, value, feature_map, key_mask):
     B, T, N, _ = query.shape
     K = key.shape[2]
     wide = jnp.promote_types(query.dtype, jnp.float32)
-    there = _there(key, key_mask)
     finite = jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)
     used = there & finite[..., None]
     key, value = (jnp.where(used, x.astype(wide), 0.0) for x in (key, value))
-    queries, keys = feature_map(query.astype(wide)), feature_map(key)
+    queries, keys = maps[0](query.astype(wide)), maps[1](key)
     queries = queries.reshape(B, T, K, N // K, queries.shape[-1])
     return queries, jnp.where(used, keys, 0.0), value, there[..., 0] & ~finite
 

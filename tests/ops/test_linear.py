@@ -218,7 +218,16 @@ def test_small_features_keep_their_digits_and_gradients():
     assert all(np.isfinite(x).all() and np.abs(x).max() > 0.1 for x in slopes)
 
 
-@pytest.mark.parametrize("run", [causal_linear_attention, causal_performer])
+def causal_of_many_features(query, key, value):
+    def features(x):
+        return elu_plus_one(jnp.tile(x, 10))
+
+    return causal_linear_attention(query, key, value, feature_map=features)
+
+
+@pytest.mark.parametrize(
+    "run", [causal_linear_attention, causal_performer, causal_of_many_features]
+)
 def test_memory_of_the_causal_form_is_linear_in_length(monkeypatch, run):
     monkeypatch.setattr(linear, "CHUNK", 64)
     shape = jax.ShapeDtypeStruct((1, 4096, 1, 3), jnp.float32)
