@@ -30,14 +30,14 @@ CONFIG = TranslationConfig(
         max_source=64,
         max_target=64,
     ),
-    model=seq2seq.tiny(norm="pre", dropout=0.2),
+    model=seq2seq.tiny(norm="pre", dropout=0.3),
     optimizer=OptimizerConfig(
         name="muon", peak_lr=6e-3, warmup_steps=200, schedule="linear", clip_norm=1.0
     ),
     training=TrainingConfig(
-        steps=2700,
-        evaluate_every=450,
-        checkpoint_every=450,
+        steps=5400,
+        evaluate_every=900,
+        checkpoint_every=900,
         metric="bleu",
         mode="max",
         keep=2,

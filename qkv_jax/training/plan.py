@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-PARTS = ("parameters", "optimizer", "gradients", "activations")
 # Bytes of one element, by XLA's names of types.
 _SIZES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
 _KINDS = (
@@ -117,7 +116,7 @@ class Plan:
         tokens: real and padding target tokens of a step, all devices.
         flops: floating-point operations of a step's products, all devices.
         held: bytes of "parameters", "optimizer", "gradients" and "activations" (all other
-            temporaries at the step's peak).
+            temporaries at the step's peak), and of a "teacher" where there is one.
         read: bytes that the step reads and writes, by XLA's count; loops count once.
         collectives: by kind.
         dtype: of the products.

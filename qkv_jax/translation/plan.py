@@ -10,37 +10,38 @@ from rich.table import Table
 from qkv_jax import training
 from qkv_jax.data import PAD
 from qkv_jax.models import seq2seq
-from qkv_jax.training.plan import HARDWARE, Hardware, Plan, plan_step
+from qkv_jax.training.plan import (
+    HARDWARE,
+    Hardware,
+    Plan,
+    device_bytes,
+    plan_step,
+)
 from qkv_jax.translation.config import TranslationConfig
 from qkv_jax.translation.loss import make_loss
-from qkv_jax.translation.models import init_params
+from qkv_jax.translation.models import ModelConfig, init_params
 from qkv_jax.translation.start import started
+from qkv_jax.translation.teacher import load_teacher, make_teacher
 
 
 def plan_run(config: TranslationConfig) -> Plan:
     """The cost of an update with the longest rows, on simulated devices of the config's mesh.
 
-    Reads no text: the vocabulary is taken to be as large as asked for.
+    Reads no text: the vocabulary is taken to be as large as asked for, or as that of the model it
+    starts from, or of its teacher, whose weights and forward pass count.
 
     Args:
         config: of the run.
 
     Raises:
-        RunError: the mesh does not fit the devices or the model; the run has a teacher.
+        RunError: the mesh does not fit the devices or the model; the teacher does not fit the model.
     """
     text = config.text
-    if config.distillation.teacher is not None:
-        raise training.RunError(
-            "plan does not count a teacher's weights and forward pass: leave out "
-            "--distillation.teacher, and add them"
-        )
-    start = started(config)
-    model = dataclasses.replace(
-        config.computed_model, vocabulary=text.vocabulary, pad=PAD
-    )
-    model = model if start is None else start.model
-    if not isinstance(model, seq2seq.Config):
-        raise training.RunError("plan knows what a Transformer costs, not this model")
+    start, tutor = started(config), load_teacher(config)
+    given = start or tutor
+    vocabulary = text.vocabulary if given is None else given.model.vocabulary
+    new = dataclasses.replace(config.computed_model, vocabulary=vocabulary, pad=PAD)
+    model = _check_known(new if start is None else start.model)
     try:
         mesh = training.make_mesh(config.mesh)
         seq2seq.check_mesh(model, mesh.shape)
@@ -57,8 +58,13 @@ def plan_run(config: TranslationConfig) -> Plan:
         )
     except ValueError as error:
         raise training.RunError(f"mesh: {error}") from error
+    teacher = None
+    if given is not None:
+        teacher = make_teacher(
+            config, tutor, model=model, tokenizer=given.tokenizer, mesh=mesh
+        )
     step = training.make_train_step(
-        make_loss(model, config.label_smoothing, r_drop=config.r_drop),
+        make_loss(model, config.label_smoothing, r_drop=config.r_drop, teacher=teacher),
         optimizer,
         mesh=mesh,
         accumulate=config.training.accumulate,
@@ -71,27 +77,35 @@ def plan_run(config: TranslationConfig) -> Plan:
     )
     multiple = training.batch_shares(mesh) * config.training.accumulate
     rows = max(multiple, text.batch_tokens // text.max_target // multiple * multiple)
-    names = {"source": text.max_source, "target": text.max_target}
+    lengths = {"source": text.max_source, "target": text.max_target}
+    names = dict(lengths)
     if text.packing:
-        names |= {f"{name}_segments": length for name, length in names.items()}
+        names |= {f"{name}_segments": length for name, length in lengths.items()}
     place = training.logical_sharding(mesh, "batch")
     batch = {
         name: jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=place)
         for name, length in names.items()
     }
-    return plan_step(
+    seen = 2 * rows if config.r_drop else rows
+    plan = plan_step(
         step,
         state,
         batch,
         tokens=rows * text.max_target,
-        flops=seq2seq.train_flops(
-            model,
-            rows=2 * rows if config.r_drop else rows,
-            source=text.max_source,
-            target=text.max_target,
-        ),
+        flops=seq2seq.train_flops(model, rows=seen, **lengths),
         dtype=model.dtype,
     )
+    if teacher is None:
+        return plan
+    forward = seq2seq.train_flops(_check_known(teacher.model), rows=rows, **lengths) / 3
+    held = plan.held | {"teacher": device_bytes(teacher.params)}
+    return dataclasses.replace(plan, held=held, flops=plan.flops + forward)
+
+
+def _check_known(model: ModelConfig) -> seq2seq.Config:
+    if not isinstance(model, seq2seq.Config):
+        raise training.RunError("plan knows what a Transformer costs, not this model")
+    return model
 
 
 def show_plan(plan: Plan, *more: Hardware) -> list[Table]:

@@ -196,9 +196,18 @@ def test_a_teacher_that_predicts_something_else_is_refused(taught, corpus, monke
         load_teacher(dataclasses.replace(config, init_from=None))
 
 
-def test_a_plan_does_not_leave_a_teacher_out_silently(corpus, tmp_path):
-    with pytest.raises(RunError, match="plan does not count a teacher"):
-        plan_run(config_of(corpus, tmp_path))
+def test_a_plan_counts_the_teachers_weights_and_forward_pass(taught, corpus):
+    config = config_of(corpus, taught)
+    plan, tutor = plan_run(config), load_teacher(config)
+    assert plan.held["teacher"] == sum(x.nbytes for x in jax.tree.leaves(tutor.params))
+    model = dataclasses.replace(config.model, vocabulary=tutor.model.vocabulary)
+    rows = plan.tokens // config.text.max_target
+    sizes = {"source": config.text.max_source, "target": config.text.max_target}
+    own, theirs = (
+        seq2seq.train_flops(m, rows=rows, **sizes) for m in (model, tutor.model)
+    )
+    assert plan.flops == own + theirs / 3
+    assert plan.bytes == sum(plan.held.values())
 
 
 @pytest.mark.parametrize(
