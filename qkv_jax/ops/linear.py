@@ -270,7 +270,7 @@ def _causal(query, key, value, there, maps):
     wide = jnp.promote_types(query.dtype, jnp.float32)
     state = *_zeros(B, K, features, E, wide), jnp.zeros((B, K), bool)
     _, out = jax.lax.scan(step, state, tuple(map(cut, (query, key, value, there))))
-    return out.swapaxes(0, 1).reshape(B, -1, *out.shape[3:])[:, :T]
+    return out.swapaxes(0, 1).reshape(B, len(out) * size, *out.shape[3:])[:, :T]
 
 
 def _exponents(x: Array, projection: Array) -> Array:
