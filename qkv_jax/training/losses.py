@@ -96,7 +96,12 @@ def _forward(states, table, labels, weights, smoothing, chunks, r_drop, taught):
         if states.dtype == jnp.float16:
             slope = slope * _LIFT
         slope = slope.astype(states.dtype)
-        slope_part = jnp.einsum("BTV,VD->BTD", slope, table.astype(states.dtype))
+        slope_part = jnp.einsum(
+            "BTV,VD->BTD",
+            slope,
+            table.astype(states.dtype),
+            preferred_element_type=jnp.float32,
+        ).astype(states.dtype)
         slopes_states.append(pin(slope_part, "batch", "length"))
         # (D, V), so that the small operand is the one that a backend has to transpose.
         slope_table = jnp.einsum(
