@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from qkv_jax.layers import FeedForward, MultiHeadAttention
+from qkv_jax.layers.linear import product
 
 Array = jax.Array
 # A module and a batch -> the sum of the losses of its rows.
@@ -231,12 +232,12 @@ def _units(module: Any) -> int:
 def gated_product(gate: Array, axes: int) -> Callable[..., Array]:
     """A product whose input (B, T, F) or (B, T, N, H) has a gate (B, units) for F or N."""
 
-    def product(x: Array, kernel: Array, dimensions: Any, **options) -> Array:
+    def gated(x: Array, kernel: Array, dimensions: Any, **options) -> Array:
         each = jnp.repeat(gate, x.shape[2] // gate.shape[1], axis=1)
         each = each.reshape(len(gate), 1, -1, *[1] * (axes - 1))
-        return jax.lax.dot_general(x * each, kernel, dimensions, **options)
+        return product((x * each).astype(x.dtype), kernel, dimensions, **options)
 
-    return product
+    return gated
 
 
 def _take(

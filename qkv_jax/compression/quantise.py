@@ -19,6 +19,7 @@ import qwix
 from flax import nnx
 
 from qkv_jax.layers import Embedding
+from qkv_jax.layers.linear import product
 from qkv_jax.ops.axes import input_axes
 
 Array = jax.Array
@@ -206,7 +207,7 @@ def _integer_product(x: Array, weight: qwix.QArray, axes: Any, **options) -> Arr
 
 def _imitated_product(x: Array, weight: Array, axes: Any, **options) -> Array:
     x = _rounded(x, lambda y: _integers(y, axes))
-    return jax.lax.dot_general(x, weight, axes, **options)
+    return product(x, weight, axes, **options)
 
 
 def _promote(arrays: tuple[Array, qwix.QArray, Array | None], *, dtype: Any) -> Any:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qkv_jax.layers.kinds import SOFTMAX, AttentionKind, directions, whole_keys
-from qkv_jax.layers.linear import LinearGeneral
+from qkv_jax.layers.linear import LinearGeneral, finished, product
 from qkv_jax.ops import (
     Ancestry,
     ContextMethod,
@@ -346,9 +346,9 @@ def _products(layers: list[nnx.LinearGeneral], x: Array) -> list[Array]:
         return [layer(x) for layer in layers]
     dtype = layers[0].dtype
     kernels = jnp.stack([layer.kernel[...] for layer in layers], axis=1)
-    y = jnp.einsum("BTD,DINH->BTINH", x.astype(dtype), kernels.astype(dtype))
+    y = product(x.astype(dtype), kernels, (((2,), (0,)), ((), ())))
     biases = [layer.bias[...] for layer in layers if layer.bias is not None]
     if biases:
-        # In float32, as by layers.linear.
-        y = (y + jnp.stack(biases)[None, None]).astype(dtype)
+        y = y + jnp.stack(biases)[None, None]
+    y = finished(y, dtype)
     return [y[:, :, i] for i in range(len(layers))]

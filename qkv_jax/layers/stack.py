@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qkv_jax.layers.linear import PRODUCT
+
 Array = jax.Array
 Block = TypeVar("Block", bound=nnx.Module)
 Remat = Literal["none", "dots", "everything"]
-# What the backward pass finds kept; None: a layer's input alone. Products with a batch axis are
-# those of attention, whose T x S results are what is to be saved.
+# What the backward pass finds kept; None: a layer's input alone. Attention's T x S products are not
+# among it, and what is kept has the dtype of the computation, where sums are float32.
 SAVED: dict[str, Any] = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "everything": None,
 }
 
