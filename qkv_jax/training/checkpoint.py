@@ -314,11 +314,16 @@ def load_params(
         finetune: that of the run.
 
     Raises:
-        RunError: see restore_params and average_params.
+        RunError: "average" of a run that averages none; see restore_params and average_params.
     """
     if checkpoint is None:
         checkpoint = "average" if average > 1 else "best"
     if checkpoint == "average":
+        if average < 2:
+            raise RunError(
+                f"{directory} was configured with training.average {average}, so there is no "
+                'average of its checkpoints: choose "best", "latest" or a step.'
+            )
         return average_params(directory, like, count=average, finetune=finetune)
     return restore_params(directory, like, step=checkpoint, finetune=finetune)
 

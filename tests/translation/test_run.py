@@ -205,7 +205,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("checkpoint", ["latest", "average", "best", 4])
+@pytest.mark.parametrize("checkpoint", ["latest", "best", 4])
 def test_a_checkpoint_is_chosen_by_name_or_step(finished, translator, checkpoint):
     chosen = load_run(finished, checkpoint=checkpoint)
     jax.tree.map(np.testing.assert_array_equal, chosen.params, translator.params)
@@ -235,6 +235,8 @@ def test_an_earlier_checkpoint_is_another_model(finished, translator):
 def test_a_checkpoint_that_is_not_there_is_refused(finished):
     with pytest.raises(RunError, match="no checkpoint of step 3: choose one of 2, 4"):
         load_run(finished, checkpoint=3)
+    with pytest.raises(RunError, match="training.average 1, so there is no average"):
+        load_run(finished, checkpoint="average")
 
 
 def test_a_run_of_another_task_is_refused(tmp_path):
