@@ -1,7 +1,7 @@
 """Layers one after another: kept, computed again in the backward pass, or as one loop."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def run_blocks(
     """x through each block in turn.
 
     Args:
-        blocks: L modules that change nothing of their own when called.
+        blocks: L modules that change nothing of their own when called; none: x comes back.
         x: what the first one takes, and of the same shape and dtype what each gives.
         rngs: each block's.
         call: (block, x, rng) -> x; may read other arrays, of which gradients are made too.
@@ -44,9 +44,12 @@ def run_blocks(
             memory, and of their gradients.
 
     Raises:
-        ValueError: scan, and the blocks are not alike but for the values of their weights.
+        ValueError: remat is unknown; scan, and the blocks are not alike but for the values of their
+            weights.
     """
-    if remat == "none" and not scan:
+    if remat not in get_args(Remat):
+        raise ValueError(f"remat must be one of {get_args(Remat)}; got {remat!r}.")
+    if not blocks or (remat == "none" and not scan):
         for block, rng in zip(blocks, rngs, strict=True):
             x = call(block, x, rng)
         return x

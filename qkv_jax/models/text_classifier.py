@@ -23,7 +23,9 @@ from qkv_jax.layers import (
     Linear,
     Positions,
     QKVAttention,
+    Remat,
     make_norm,
+    run_blocks,
 )
 from qkv_jax.models.classification import class_sums
 from qkv_jax.ops import Mask, dropout, masks, patterns, pin, split_rng
@@ -64,6 +66,8 @@ class Config:
             place would be a word that no text to be classified has.
         smoothing: share of a label's probability that is given to all classes.
         dtype: of the computation.
+        remat, scan_layers: what training keeps of each block for its backward pass, and whether the
+            blocks are one loop, see `run_blocks`.
     """
 
     classes: int = 0
@@ -82,8 +86,21 @@ class Config:
     masking: float = 0.15
     smoothing: float = 0.1
     dtype: str = "float32"
+    remat: Remat = "none"
+    scan_layers: bool = False
 
     def __post_init__(self):
+        if self.remat not in get_args(Remat):
+            raise ValueError(
+                f"remat must be one of {get_args(Remat)}; got {self.remat!r}."
+            )
+        if (self.remat != "none" or self.scan_layers) and (
+            self.halting is not None or not self.layers
+        ):
+            raise ValueError(
+                "remat and scan_layers are of blocks that are applied once each; got halting = "
+                f"{self.halting}, layers = {self.layers}."
+            )
         if self.pooling not in get_args(Pooling):
             raise ValueError(
                 f"pooling must be one of {get_args(Pooling)}; got {self.pooling!r}."
@@ -231,8 +248,14 @@ class Model(nnx.Module):
             x = halted.states
         elif not self.blocks:
             x = dropout(self.qkv(x, x, x, mask=mask), self.config.dropout, rngs[1])
-        for block, drawn in zip(self.blocks, rngs[3:]):
-            x = block(x, mask=mask, rng=drawn)
+        x = run_blocks(
+            self.blocks,
+            x,
+            rngs[3:],
+            lambda block, x, drawn: block(x, mask=mask, rng=drawn),
+            remat=self.config.remat,
+            scan=self.config.scan_layers,
+        )
         pooled = self.norm(self.pool(x, tokens))
         pooled = dropout(pooled, self.config.dropout, rngs[2])
         return self.classify(pooled).astype(jnp.float32), halted

@@ -5,15 +5,16 @@ al. 2022, arXiv 2205.01580); a patch's position is the sum of a learned vector f
 for its column; attention may be local in two dimensions or axial.
 """
 
+import functools
 import itertools
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qkv_jax.layers import EncoderBlock, Linear, make_norm
+from qkv_jax.layers import EncoderBlock, Linear, Remat, make_norm, run_blocks
 from qkv_jax.models.image_classification import (
     PixelChanges,
     check_sizes,
@@ -49,6 +50,8 @@ class Config:
         dropout: on each sublayer's output, and on the first vectors.
         augmentation, label_smoothing, flip_average: see `image_classification.Settings`.
         dtype: of the computation; parameters are float32 always.
+        remat, scan_layers: what training keeps of each layer for its backward pass, and whether the
+            layers are one loop, see `run_blocks`; the loop's attention is of one pattern.
     """
 
     height: int = 0
@@ -70,10 +73,21 @@ class Config:
     label_smoothing: float = 0.1
     flip_average: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    remat: Remat = "none"
+    scan_layers: bool = False
 
     def __post_init__(self):
         if not self.attention:
             raise ValueError("attention must name at least one pattern; got ().")
+        if self.remat not in get_args(Remat):
+            raise ValueError(
+                f"remat must be one of {get_args(Remat)}; got {self.remat!r}."
+            )
+        if self.scan_layers and len(set(self.attention)) > 1:
+            raise ValueError(
+                f"scan_layers needs attention of one pattern; got {self.attention}: leave "
+                "scan_layers False."
+            )
         if self.stem == "convolution" and self.patch & (self.patch - 1):
             raise ValueError(
                 f"patch must be a power of 2 for the stem 'convolution'; got {self.patch}."
@@ -154,8 +168,17 @@ class Model(nnx.Module):
         x = dropout(x.reshape(B, rows * columns, D), config.dropout, rngs[0])
         x = pin_stream(x)
         kinds = itertools.cycle(config.attention)
-        for block, kind, block_rng in zip(self.blocks, kinds, rngs[1:]):
-            x = attend(block, kind, x, (rows, columns), config.radius, block_rng)
+        layers = zip(kinds, self.blocks, rngs[1:])
+        for kind, alike in itertools.groupby(layers, key=lambda layer: layer[0]):
+            _, blocks, drawn = zip(*alike)
+            x = run_blocks(
+                blocks,
+                x,
+                drawn,
+                functools.partial(attend, kind, (rows, columns), config.radius),
+                remat=config.remat,
+                scan=config.scan_layers,
+            )
         return self.head(self.pooled(self.norm(x)))
 
     def sheets(self, images: Array) -> Array:
@@ -238,11 +261,11 @@ class Stem(nnx.Module):
 
 
 def attend(
-    block: EncoderBlock,
     kind: Attention,
-    x: Array,
     grid: tuple[int, int],
     radius: int,
+    block: EncoderBlock,
+    x: Array,
     rng: Array | None,
 ) -> Array:
     """One block on patches (B, rows * columns, D), row by row."""
