@@ -251,7 +251,7 @@ class Model(nnx.Module):
         x = run_blocks(
             self.blocks,
             x,
-            rngs[3:],
+            rngs[3 : 3 + len(self.blocks)],
             lambda block, x, drawn: block(x, mask=mask, rng=drawn),
             remat=self.config.remat,
             scan=self.config.scan_layers,
