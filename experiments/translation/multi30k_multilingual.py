@@ -35,7 +35,7 @@ CONFIG = TranslationConfig(
         name="muon", peak_lr=6e-3, warmup_steps=200, schedule="linear", clip_norm=1.0
     ),
     training=TrainingConfig(
-        steps=5400,
+        steps=8100,
         evaluate_every=900,
         checkpoint_every=900,
         metric="bleu",
