@@ -23,6 +23,7 @@ from qkv_jax.layers.recurrent import GRU as GRU
 from qkv_jax.layers.recurrent import Alignment as Alignment
 from qkv_jax.layers.recurrent import RecurrentAttention as RecurrentAttention
 from qkv_jax.layers.stack import Remat as Remat
+from qkv_jax.layers.stack import check_remat as check_remat
 from qkv_jax.layers.stack import run_blocks as run_blocks
 from qkv_jax.layers.transformer import DecoderBlock as DecoderBlock
 from qkv_jax.layers.transformer import EncoderBlock as EncoderBlock

@@ -20,6 +20,12 @@ SAVED: dict[str, Any] = {
 }
 
 
+def check_remat(remat: str) -> None:
+    """Raises a ValueError, with the choices, for what is none of `Remat`."""
+    if remat not in get_args(Remat):
+        raise ValueError(f"remat must be one of {get_args(Remat)}; got {remat!r}.")
+
+
 def run_blocks(
     blocks: Sequence[Block],
     x: Array,
@@ -47,8 +53,7 @@ def run_blocks(
         ValueError: remat is unknown; scan, and the blocks are not alike but for the values of their
             weights.
     """
-    if remat not in get_args(Remat):
-        raise ValueError(f"remat must be one of {get_args(Remat)}; got {remat!r}.")
+    check_remat(remat)
     if not blocks or (remat == "none" and not scan):
         for block, rng in zip(blocks, rngs, strict=True):
             x = call(block, x, rng)

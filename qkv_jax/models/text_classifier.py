@@ -24,6 +24,7 @@ from qkv_jax.layers import (
     Positions,
     QKVAttention,
     Remat,
+    check_remat,
     make_norm,
     run_blocks,
 )
@@ -90,10 +91,7 @@ class Config:
     scan_layers: bool = False
 
     def __post_init__(self):
-        if self.remat not in get_args(Remat):
-            raise ValueError(
-                f"remat must be one of {get_args(Remat)}; got {self.remat!r}."
-            )
+        check_remat(self.remat)
         if (self.remat != "none" or self.scan_layers) and (
             self.halting is not None or not self.layers
         ):

@@ -8,13 +8,20 @@ for its column; attention may be local in two dimensions or axial.
 import functools
 import itertools
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qkv_jax.layers import EncoderBlock, Linear, Remat, make_norm, run_blocks
+from qkv_jax.layers import (
+    EncoderBlock,
+    Linear,
+    Remat,
+    check_remat,
+    make_norm,
+    run_blocks,
+)
 from qkv_jax.models.image_classification import (
     PixelChanges,
     check_sizes,
@@ -79,10 +86,7 @@ class Config:
     def __post_init__(self):
         if not self.attention:
             raise ValueError("attention must name at least one pattern; got ().")
-        if self.remat not in get_args(Remat):
-            raise ValueError(
-                f"remat must be one of {get_args(Remat)}; got {self.remat!r}."
-            )
+        check_remat(self.remat)
         if self.scan_layers and len(set(self.attention)) > 1:
             raise ValueError(
                 f"scan_layers needs attention of one pattern; got {self.attention}: leave "
