@@ -17,6 +17,7 @@ from qkv_jax.interop.errors import InteropError
 from qkv_jax.interop.families import FAMILIES, Family, Keys
 from qkv_jax.interop.names import KINDS, Place, places, table_names, unused
 from qkv_jax.interop.tensors import read_tensors, write_tensors
+from qkv_jax.layers import init_rngs
 from qkv_jax.models.seq2seq import Config, Model
 from qkv_jax.ops import sinusoids
 
@@ -346,7 +347,7 @@ def _theirs(like: Any, kind: str) -> tuple[int, ...]:
 
 def abstract_model(config: Config) -> Model:
     """The module with shapes in place of parameters."""
-    return nnx.eval_shape(lambda: Model(config, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: Model(config, rngs=init_rngs(0)))
 
 
 def flatten(tree: Any) -> dict[str, Any]:

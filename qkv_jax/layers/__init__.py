@@ -22,6 +22,7 @@ from qkv_jax.layers.recurrent import ALIGNMENTS as ALIGNMENTS
 from qkv_jax.layers.recurrent import GRU as GRU
 from qkv_jax.layers.recurrent import Alignment as Alignment
 from qkv_jax.layers.recurrent import RecurrentAttention as RecurrentAttention
+from qkv_jax.layers.rngs import init_rngs as init_rngs
 from qkv_jax.layers.stack import Remat as Remat
 from qkv_jax.layers.stack import check_remat as check_remat
 from qkv_jax.layers.stack import run_blocks as run_blocks

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from qkv_jax.data.splits import Splits
+from qkv_jax.layers import init_rngs
 from qkv_jax.training import (
     DistributedConfig,
     MeshConfig,
@@ -174,4 +174,4 @@ def model_class(config: Any) -> Any:
 
 def new_model(config: Any, *, seed: int) -> Any:
     """A model of its Config's file, with new parameters."""
-    return model_class(config)(config, rngs=nnx.Rngs(seed))
+    return model_class(config)(config, rngs=init_rngs(seed))

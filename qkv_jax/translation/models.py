@@ -18,6 +18,7 @@ from qkv_jax.compression import (
     fold_gates,
     quantise,
 )
+from qkv_jax.layers import init_rngs
 from qkv_jax.models import recurrent, seq2seq
 
 ModelConfig = seq2seq.Config | recurrent.Config
@@ -28,7 +29,7 @@ UNGATED = GateConfig()
 def new_model(config: ModelConfig, *, seed: int) -> Any:
     """The module of a configuration, with new parameters."""
     kind: Any = recurrent if isinstance(config, recurrent.Config) else seq2seq
-    return kind.Model(config, rngs=nnx.Rngs(seed))
+    return kind.Model(config, rngs=init_rngs(seed))
 
 
 def init_params(config: ModelConfig, *, seed: int) -> Any:

@@ -18,6 +18,7 @@ from qkv_jax.compression import (
     open_heads,
     writing_heads,
 )
+from qkv_jax.layers import init_rngs
 from qkv_jax.models import seq2seq
 from tests.compression.test_prune import BATCH, CONFIG
 
@@ -36,7 +37,7 @@ def gated():
     """A model whose gates are as in LOGITS."""
 
     def make():
-        model = seq2seq.Model(CONFIG, rngs=nnx.Rngs(3))
+        model = seq2seq.Model(CONFIG, rngs=init_rngs(3))
         add_gates(model, HOW)
         for name, layer in model.attention_layers().items():
             layer.gate_logits[...] = jnp.array(LOGITS[name]) / HOW.speed
@@ -80,7 +81,7 @@ def test_without_its_closed_heads_a_model_computes_what_it_did_with_gates():
     assert model.decoder[0].attention.query.kernel.shape == (12, 2, 4)
     np.testing.assert_allclose(logits(model), wanted, rtol=1e-6, atol=1e-6)
     pruned = dataclasses.replace(CONFIG, heads_by_layer=(4, 6, 2, 2))
-    like = nnx.eval_shape(lambda: seq2seq.Model(pruned, rngs=nnx.Rngs(0)))
+    like = nnx.eval_shape(lambda: seq2seq.Model(pruned, rngs=init_rngs(0)))
     shapes = [jax.tree.map(jnp.shape, nnx.state(m, nnx.Param)) for m in (like, model)]
     assert shapes[0] == shapes[1]
 

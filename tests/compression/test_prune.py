@@ -9,6 +9,7 @@ from flax import nnx
 
 from qkv_jax.compression import Pruning, choose, importance, keep_layers, keep_units
 from qkv_jax.compression.prune import prunable
+from qkv_jax.layers import init_rngs
 from qkv_jax.models import seq2seq
 
 CONFIG = seq2seq.tiny(
@@ -40,7 +41,7 @@ def halves():
     """A model whose first block writes nothing: no other part of it is used."""
 
     def make():
-        model = seq2seq.Model(CONFIG, rngs=nnx.Rngs(3))
+        model = seq2seq.Model(CONFIG, rngs=init_rngs(3))
         for name, layer in prunable(model).items():
             if name.startswith(SPARE):
                 last = layer.out if name.endswith("attention") else layer.down
@@ -112,7 +113,7 @@ def test_a_pruned_model_computes_as_one_whose_units_write_nothing():
     np.testing.assert_allclose(found, total(nnx.state(masked, nnx.Param)), rtol=1e-5)
     counts = (6, 4, 2, 4)
     config = dataclasses.replace(CONFIG, heads_by_layer=counts)
-    like = nnx.eval_shape(lambda: seq2seq.Model(config, rngs=nnx.Rngs(0)))
+    like = nnx.eval_shape(lambda: seq2seq.Model(config, rngs=init_rngs(0)))
     shapes = nnx.state(like, nnx.Param)["encoder"][1]["attention"]
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(
         jnp.shape, params["encoder"][1]["attention"]

@@ -15,6 +15,7 @@ from qkv_jax.compression import (
     quantise,
     unpack,
 )
+from qkv_jax.layers import init_rngs
 from qkv_jax.models import seq2seq
 
 SIZES = {
@@ -39,7 +40,7 @@ def plain():
     """Graph and parameters of the float model."""
     return halves_of(
         lambda: seq2seq.Model(
-            seq2seq.tiny(vocabulary=13, zero_pad=True, **SIZES), rngs=nnx.Rngs(3)
+            seq2seq.tiny(vocabulary=13, zero_pad=True, **SIZES), rngs=init_rngs(3)
         )
     )
 

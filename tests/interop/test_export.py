@@ -14,6 +14,7 @@ from qkv_jax.interop.directory import new_directory
 from qkv_jax.interop.export import generation_settings, to_huggingface
 from qkv_jax.interop.pretrained import save
 from qkv_jax.interop.trained import Trained
+from qkv_jax.layers import init_rngs
 from qkv_jax.models.seq2seq import Config, Model
 
 SIZES = {"d_model": 12, "d_ff": 7, "heads": 3, "encoder_layers": 2, "decoder_layers": 1}
@@ -36,7 +37,7 @@ CASES = {
 
 def make(**changes) -> Trained:
     config = Config(vocabulary=17, **SIZES, **changes)
-    init = jax.jit(lambda: nnx.state(Model(config, rngs=nnx.Rngs(0)), nnx.Param))
+    init = jax.jit(lambda: nnx.state(Model(config, rngs=init_rngs(0)), nnx.Param))
     rng = np.random.default_rng(0)
 
     def noisy(x):

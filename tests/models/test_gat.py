@@ -34,7 +34,12 @@ def model(**changes):
 def logits(network, part, **changes):
     arrays = {"features": None, "receivers": None, "senders": None}
     arrays = {name: part[name][0] for name in arrays} | changes
-    return network(*map(jnp.asarray, arrays.values()))
+    return _run(network, *map(jnp.asarray, arrays.values()))
+
+
+@nnx.jit
+def _run(network, *arrays):
+    return network(*arrays)
 
 
 @kinds

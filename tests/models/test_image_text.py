@@ -65,8 +65,8 @@ def test_captions_are_the_likeliest_of_each_step(model):
     patches = jnp.asarray(rng.normal(size=(3, 5, 16)), jnp.float32)
     starts = jnp.asarray([[9, 10]] * 3)
     captions = jax.jit(model.describe, static_argnums=2)(patches, starts, T)
-    states = model.read(captions.reshape(6, T)).reshape(3, 2, T, -1)
-    best = model.caption_logits(states, patches).argmax(-1)[:, :, :-1]
+    states = jax.jit(model.read)(captions.reshape(6, T)).reshape(3, 2, T, -1)
+    best = jax.jit(model.caption_logits)(states, patches).argmax(-1)[:, :, :-1]
     said = np.asarray(captions)
     live = np.cumsum(said == 2, axis=-1)[:, :, :-1] == 0
     assert live.sum() > 6 and (said[:, :, 0] == [9, 10]).all()
@@ -80,7 +80,9 @@ def test_closed_gates_let_nothing_of_the_picture_through():
         image_text.Config(**{**vars(config), "gate": 0.0}), rngs=nnx.Rngs(0)
     )
     states = jnp.ones((2, 1, T, 16))
-    logits = blind.caption_logits(states, jnp.asarray([[[1.0] * 16], [[-2.0] * 16]]))
+    logits = jax.jit(blind.caption_logits)(
+        states, jnp.asarray([[[1.0] * 16], [[-2.0] * 16]])
+    )
     np.testing.assert_array_equal(logits[0], logits[1])
 
 

@@ -23,20 +23,30 @@ def build(**changes):
     return recurrent.Model(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(0))
 
 
+@nnx.jit
+def run(model, source, target, **options):
+    return model(source, target, **options)
+
+
+@nnx.jit
+def step(model, tokens, cache):
+    return model.decode_step(tokens, cache)
+
+
 @pytest.fixture(scope="module", params=ALIGNMENTS)
 def model(request):
     return build(alignment=request.param)
 
 
 def test_padding_and_neighbours_cannot_change_the_logits(model):
-    alone = model(SOURCE[1:, :3], TARGET[1:, :3])
-    beside = model(jnp.pad(SOURCE, ((0, 0), (0, 2))), TARGET)
+    alone = run(model, SOURCE[1:, :3], TARGET[1:, :3])
+    beside = run(model, jnp.pad(SOURCE, ((0, 0), (0, 2))), TARGET)
     np.testing.assert_allclose(alone[0], beside[1, :3], atol=1e-5)
 
 
 def test_a_future_token_cannot_change_the_past(model):
     other = TARGET.at[:, 3].set(10)
-    one, two = model(SOURCE, TARGET), model(SOURCE, other)
+    one, two = run(model, SOURCE, TARGET), run(model, SOURCE, other)
     np.testing.assert_allclose(one[:, :3], two[:, :3], atol=1e-6)
     assert jnp.abs(one[:, 3] - two[:, 3]).max() > 1e-3
 
@@ -46,9 +56,9 @@ def test_steps_equal_the_full_pass_for_every_hypothesis(model):
     cache = model.init_cache(*model.encode(SOURCE), hypotheses=2, steps=4)
     parents = jnp.array([[0, 1], [1, 0]])
     for t in range(4):
-        logits, cache = model.decode_step(tokens[:, :, t], cache)
+        logits, cache = step(model, tokens[:, :, t], cache)
         for z in range(2):
-            full = model(SOURCE, tokens[:, z])[:, t]
+            full = run(model, SOURCE, tokens[:, z])[:, t]
             np.testing.assert_allclose(logits[:, z], full, atol=1e-5)
         if t == 1:
             # The second row's hypotheses change places, and so do their tokens.
@@ -59,14 +69,15 @@ def test_steps_equal_the_full_pass_for_every_hypothesis(model):
 @pytest.mark.parametrize("alignment", ["additive", "general"])
 def test_a_row_that_holds_two_pairs_gives_what_a_row_for_each_gives(alignment):
     model = build(alignment=alignment)
-    packed = model(
+    packed = run(
+        model,
         jnp.concatenate([SOURCE[:1], SOURCE[1:, :3], jnp.zeros((1, 1), int)], 1),
         jnp.concatenate([TARGET[:1], TARGET[1:, :3], jnp.zeros((1, 1), int)], 1),
         segments=Segments(
             jnp.array([[1] * 5 + [2] * 3 + [0]]), jnp.array([[1] * 4 + [2] * 3 + [0]])
         ),
     )
-    apart = model(SOURCE, TARGET)
+    apart = run(model, SOURCE, TARGET)
     np.testing.assert_allclose(packed[0, :4], apart[0], atol=1e-5)
     np.testing.assert_allclose(packed[0, 4:7], apart[1, :3], atol=1e-5)
 
@@ -119,7 +130,7 @@ def test_what_cannot_be_is_refused(changes, message):
 def test_every_field_changes_the_parameters_or_the_output():
     rng = jax.random.key(0)
     plain = build(alignment="local")
-    outputs = plain(SOURCE, TARGET, rng=rng)
+    outputs = run(plain, SOURCE, TARGET, rng=rng)
     for changes in (
         {"half_width": 1},
         {"dropout": 0.5},
@@ -128,7 +139,8 @@ def test_every_field_changes_the_parameters_or_the_output():
         {"alignment": "general"},
         {"alignment": "concat"},
     ):
-        other = build(**({"alignment": "local"} | changes))(SOURCE, TARGET, rng=rng)
+        changed = build(**({"alignment": "local"} | changes))
+        other = run(changed, SOURCE, TARGET, rng=rng)
         assert jnp.abs(outputs - other.astype(outputs.dtype)).max() > 1e-4, changes
 
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from qkv_jax.layers import AttentionKind
+from qkv_jax.layers import AttentionKind, init_rngs
 from qkv_jax.models.seq2seq import (
     Config,
     Model,
@@ -122,7 +122,7 @@ def noisy_logits(config):
 
 
 def shapes(config):
-    model = nnx.eval_shape(lambda: Model(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Model(config, rngs=init_rngs(0)))
     return nnx.state(model, nnx.Param)
 
 

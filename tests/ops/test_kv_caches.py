@@ -31,8 +31,14 @@ CACHES = {
     "paged": (lambda: paged_cache(B, 8, 4, 4, *SIZES, jnp.float32), CAUSAL),
     "int8": (lambda: int8_cache(B, LENGTH, *SIZES), CAUSAL),
 }
+attend = jax.jit(cached_attention)
 every_cache = pytest.mark.parametrize("name", CACHES)
 SLOPES = np.array([0.5, 0.2, 0.1, 0.3], np.float32)
+
+
+@jax.jit
+def append(cache, key, value, counts=None):
+    return cache.append(key, value, counts=counts)
 
 
 def arrays():
@@ -78,14 +84,14 @@ def test_rows_of_different_lengths_go_on_where_they_ended(name):
     make, mask = CACHES[name]
     query, key, value = arrays()
     wanted = dot_product_attention(query, key, value, mask=mask)
-    cache = make().append(key[:, :5], value[:, :5], counts=ints(5, 2))
+    cache = append(make(), key[:, :5], value[:, :5], ints(5, 2))
     for t in range(3):
         at = np.array([[5 + t], [2 + t]])
         q, k, v = (
             np.take_along_axis(x, at[..., None, None], 1) for x in (query, key, value)
         )
-        cache = cache.append(k, v)
-        out = cached_attention(q, cache)
+        cache = append(cache, k, v)
+        out = attend(q, cache)
         rows = np.take_along_axis(np.asarray(wanted), at[..., None, None], 1)
         np.testing.assert_allclose(out, rows, atol=tolerance(name, key, value))
     np.testing.assert_array_equal(cache.lengths, [8, 5])
@@ -95,12 +101,12 @@ def test_rows_of_different_lengths_go_on_where_they_ended(name):
 def test_what_does_not_fit_is_dropped_and_said(name):
     make, _ = CACHES[name]
     _, key, value = arrays()
-    cache = make().append(key, value)
+    cache = append(make(), key, value)
     for _ in range(2):
-        cache = cache.append(key[:, :1], value[:, :1])
+        cache = append(cache, key[:, :1], value[:, :1])
     room = 16 if name == "paged" else LENGTH
     before = cache.read()[0]
-    cache = cache.append(9 * key[:, :3], value[:, :3], counts=ints(3, 0))
+    cache = append(cache, 9 * key[:, :3], value[:, :3], ints(3, 0))
     np.testing.assert_array_equal(cache.overflowed, [True, 15 > room])
     kept = before[:, : min(room, 15)]
     np.testing.assert_array_equal(cache.read()[0][:, : kept.shape[1]], kept)
@@ -109,15 +115,15 @@ def test_what_does_not_fit_is_dropped_and_said(name):
 def test_pages_are_given_back_and_used_again():
     _, key, value = arrays()
     cache = paged_cache(B, 5, 4, 4, *SIZES, jnp.float32)
-    cache = cache.append(key[:, :7], value[:, :7], counts=ints(7, 4))
+    cache = append(cache, key[:, :7], value[:, :7], ints(7, 4))
     assert cache.free.sum() == 2
-    cache = cache.append(key[:, :9], value[:, :9], counts=ints(0, 9))
+    cache = append(cache, key[:, :9], value[:, :9], ints(0, 9))
     np.testing.assert_array_equal(
         cache.overflowed, [False, True]
     )  # 4 pages were needed
     cache = cache.release(np.array([False, True]))
     assert cache.free.sum() == 3 and cache.lengths[1] == 0
-    cache = cache.append(key[:, :8], value[:, :8], counts=ints(0, 8))
+    cache = append(cache, key[:, :8], value[:, :8], ints(0, 8))
     np.testing.assert_array_equal(cache.overflowed, [False, False])
     np.testing.assert_allclose(cache.read()[0][1, :8], key[1, :8])
     np.testing.assert_allclose(cache.read()[0][0, :7], key[0, :7])

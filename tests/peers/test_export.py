@@ -31,6 +31,7 @@ from qkv_jax.interop.export import (
     sentencepiece_pieces,
 )
 from qkv_jax.interop.trained import Trained
+from qkv_jax.layers import init_rngs
 from qkv_jax.models.seq2seq import Config, Model
 from tests.peers.test_pretrained import CASES, draw_sizes, make, trim
 
@@ -85,7 +86,7 @@ def draw_model(rng, vocabulary: int, **changes: Any) -> Trained:
         **changes,
     )
     print(config)
-    init = jax.jit(lambda: nnx.state(Model(config, rngs=nnx.Rngs(0)), nnx.Param))
+    init = jax.jit(lambda: nnx.state(Model(config, rngs=init_rngs(0)), nnx.Param))
 
     def noisy(x):
         return np.float32(np.asarray(x) + 0.2 * rng.normal(size=x.shape))

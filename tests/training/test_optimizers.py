@@ -7,6 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
+from qkv_jax.layers import init_rngs
 from qkv_jax.models.seq2seq import Config, Model
 from qkv_jax.training import (
     MeshConfig,
@@ -248,7 +249,7 @@ def test_states_lie_where_their_parameters_do(name):
     )
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     state = abstract_state(
-        lambda: nnx.state(Model(config, rngs=nnx.Rngs(0)), nnx.Param),
+        lambda: nnx.state(Model(config, rngs=init_rngs(0)), nnx.Param),
         make_optimizer(OptimizerConfig(name=name, **FLAT), 10),
         mesh=mesh,
     )

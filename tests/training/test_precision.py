@@ -162,8 +162,12 @@ def test_gradients_are_float32_and_so_is_what_the_loss_is_given():
     )
 
 
-def test_a_scaled_loss_has_the_same_gradients_to_the_bit():
-    """Clipping included, which must see them unscaled."""
+def test_a_scaled_loss_has_the_same_gradients():
+    """Clipping included, which must see them unscaled.
+
+    Scaling by a power of two is exact; but these are two programs, and whether the compiler joins a
+    product and a sum into one rounding may differ between them.
+    """
     clipped = optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(1.0))
     found = {}
     for policy in (PrecisionConfig(), SCALED):
@@ -176,7 +180,7 @@ def test_a_scaled_loss_has_the_same_gradients_to_the_bit():
         found[policy]["params"] = state.params
     scaled, plain = found[SCALED], found[PrecisionConfig()]
     assert scaled.pop("loss_scale") == 2.0**10
-    chex.assert_trees_all_equal(scaled, plain)
+    chex.assert_trees_all_close(scaled, plain, rtol=1e-6, atol=1e-7)
 
 
 def test_an_overflow_skips_the_update_and_the_scale_recovers():
