@@ -163,7 +163,7 @@ def test_additive_of_any_length_with_grouped_heads_equals_the_oracle(T, S):
     key, value = normal(1, S, 1, C, seed=1), normal(1, S, 1, E, seed=2)
     all_heads = (np.repeat(x, 2, axis=2) for x in (key, value))
     wanted = oracle("additive", lambda b, q, k: True, query, *all_heads, weight)
-    got = additive_attention(query, key, value, weight)
+    got = jax.jit(additive_attention)(query, key, value, weight)
     np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
@@ -188,8 +188,8 @@ def test_without_the_gaussian_local_weights_are_a_plain_softmax():
 @families
 def test_vmap_equals_a_loop_and_bfloat16_stays(family):
     run, more, _ = FAMILIES[family]
-    queries = np.stack([QUERY, -QUERY])
-    got = jax.vmap(lambda x: run(x, KEY, VALUE, *more))(queries)
+    run, queries = jax.jit(run), np.stack([QUERY, -QUERY])
+    got = jax.jit(jax.vmap(lambda x: run(x, KEY, VALUE, *more)))(queries)
     half = run(*(jnp.asarray(x, jnp.bfloat16) for x in (QUERY, KEY, VALUE)), *more)
     wanted = run(QUERY, KEY, VALUE, *more)
     np.testing.assert_allclose(got[0], wanted, atol=1e-5)

@@ -121,7 +121,7 @@ def test_arcs_of_a_dense_mask_give_dot_product_attention():
     bias = normal(P, S, N, seed=3)
     pairs = normal(P, S, seed=4) > 0
     receivers, senders = np.nonzero(pairs)
-    got = arc_attention(
+    got = jax.jit(arc_attention)(
         query,
         key,
         value,
@@ -129,7 +129,7 @@ def test_arcs_of_a_dense_mask_give_dot_product_attention():
         senders=senders,
         bias=bias[receivers, senders],
     )
-    wanted = dot_product_attention(
+    wanted = jax.jit(dot_product_attention)(
         *(x[None] for x in (query, key, value)),
         mask=pairs[None, None],
         score=scores.bias(bias.transpose(2, 0, 1)[None]),
