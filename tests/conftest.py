@@ -68,8 +68,6 @@ SLOW = [
     ("models/test_seq2seq_layers.py", "are_the_same[scan]"),
     ("models/test_seq2seq_layers.py", "are_the_same[everything]"),
     ("ops/test_attention.py", "gradients_equal_the_oracle", "-float32-blockwise]"),
-    ("ops/test_blockwise.py", "small_blocks_equal_the_oracle", " one for all"),
-    ("ops/test_blockwise.py", "small_blocks_equal_the_oracle", "[one "),
     ("ops/test_context_parallel.py", "equal_the_oracle[dense-", "-ring]"),
     ("ops/test_context_parallel.py", "equal_the_oracle[dense-", "-ulysses]"),
     ("ops/test_context_parallel.py", "equal_the_oracle[blocks-", "-gather]"),
