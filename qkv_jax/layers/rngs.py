@@ -12,7 +12,8 @@ def init_rngs(seed: int) -> nnx.Rngs:
     the number of parameters.
     """
     rngs = nnx.Rngs(seed)
-    rngs.default = _Stream(seed, tag="default")
+    for tag in list(rngs):
+        setattr(rngs, tag, _Stream(seed, tag=tag))
     return rngs
 
 
