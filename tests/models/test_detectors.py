@@ -11,7 +11,6 @@ import optax
 import pytest
 from flax import nnx
 
-from qkv_jax.layers import init_rngs
 from qkv_jax.models import set_prediction, single_stage
 from qkv_jax.models.detection import sigmoid_focal
 from qkv_jax.models.pyramid import PyramidConfig
@@ -105,7 +104,7 @@ def test_a_focal_loss_forgets_what_is_easy():
     [
         (lambda: single_stage.Config(threshold=0.0), "threshold"),
         (
-            lambda: single_stage.Model(single_stage.Config(), rngs=init_rngs(0)),
+            lambda: single_stage.Model(single_stage.Config(), rngs=nnx.Rngs(0)),
             "classes",
         ),
         (lambda: set_prediction.Config(queries=0), "queries"),

@@ -20,7 +20,7 @@ TOLERANCES = {
     "float32": 1e-5,  # eps 6e-8; the same, and softmax in float32
     "bfloat16": 3e-2,  # eps 4e-3; weights, output and gradients are each rounded to it
 }
-# Each case in float32, every third of them in the other types too; the rest is left to `make test-slow`.
+# `make test` has each case in float32 (in blocks: test_blockwise.py), and every third in the other types.
 RUNS = [
     pytest.param(
         case,
