@@ -64,7 +64,9 @@ def export_ctranslate2(
         vocabularies: pieces, at most as many as the model embeds; the rest is unused.
         directory: new or empty.
         quantization: of the weights, "int8", "int8_float32", "int8_float16", "int8_bfloat16",
-            "int16", "float16", "bfloat16" or "float32"; None: float32.
+            "int16", "float16", "bfloat16" or "float32"; None: float32. On a CPU without VNNI,
+            CTranslate2 adds pairs of int8 products in 16 bits, which saturate: outputs of one
+            file differ between CPUs.
         forbidden: further target ids that are never emitted.
         files: copied beside it, the tokeniser's.
 

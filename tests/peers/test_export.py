@@ -2,6 +2,7 @@
 
 import secrets
 import warnings
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -210,11 +211,19 @@ def test_trained_models_are_theirs_in_ctranslate2(case, rng, spm, tmp_path):
         agreements[quantization] = found
     exact, rounded = agreements["float32"], agreements["int8"]
     assert exact.max_difference < 1e-4 and exact.equal == exact.sentences == 16
-    assert 1e-4 < rounded.max_difference < 2.0
+    # Without VNNI, oneDNN adds pairs of products of bytes in 16 bits, which saturate: seen to differ
+    # by up to 4, where the same file differs by 0.14 on a CPU that has it.
+    assert 1e-4 < rounded.max_difference < (0.5 if has_vnni() else exact.largest)
     sizes = [(tmp_path / x / "model.bin").stat().st_size for x in agreements]
     assert sizes[1] < sizes[0]
     assert (tmp_path / "int8" / file.name).read_bytes() == spm
     assert read_vocabularies(tmp_path / "int8").target == pieces
+
+
+def has_vnni() -> bool:
+    """Whether the CPU adds products of bytes in 32 bits; False where it cannot be known."""
+    flags = Path("/proc/cpuinfo")
+    return flags.is_file() and "vnni" in flags.read_text(encoding="utf-8")
 
 
 def test_a_gated_model_that_transformers_lacks_is_exported(rng, tmp_path):
