@@ -27,7 +27,6 @@ def pytest_configure(config):
     config.programs = place
     # Else every operation of a program names all the frames of pytest: a twentieth of the time.
     jax.config.update("jax_include_full_tracebacks_in_locations", False)
-    jax.config.update("jax_traceback_in_locations_limit", 0)
     jax.config.update("jax_compilation_cache_dir", place)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

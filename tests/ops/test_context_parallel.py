@@ -40,7 +40,7 @@ NAMES = (
     "chain: bias, then soft cap; NaN masked",
 )
 methods = pytest.mark.parametrize("method", METHODS)
-# `make test` has the causal case by every method, and the others by every second.
+# `make test` has the causal cases by every method, and the others by every second.
 RUNS = [
     pytest.param(
         name,
