@@ -34,7 +34,7 @@ from qkv_jax.interop.export import (
 from qkv_jax.interop.trained import Trained
 from qkv_jax.layers import init_rngs
 from qkv_jax.models.seq2seq import Config, Model
-from tests.peers.test_pretrained import CASES, draw_sizes, make, trim
+from tests.peers.test_pretrained import CASES, draw_sizes, make, run_ours, trim
 
 pytestmark = pytest.mark.peers
 
@@ -160,7 +160,7 @@ def test_trained_models_are_theirs_in_transformers(case, rng, spm, tmp_path):
             **tensors, decoder_input_ids=torch.tensor(target, dtype=torch.long)
         ).logits
         generated = theirs.generate(**tensors).numpy()
-    close(np.asarray(run(model.model(), source, target)), logits.numpy())
+    close(np.asarray(run_ours(model.model(), source, target)), logits.numpy())
     found = search(model.model(), source)
     # After EOS, they fill with EOS where the padding is 0.
     for row, wanted in zip(np.asarray(found.tokens[:, 0]), generated[:, 1:]):
@@ -183,11 +183,6 @@ def search(module, source):
         forbidden=(UNK,),
         end_at_limit=False,
     )
-
-
-@nnx.jit
-def run(module, source, target):
-    return module(source, target)
 
 
 @pytest.mark.parametrize("case", ["marian", "pegasus-none", "mbart"])

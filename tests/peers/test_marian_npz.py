@@ -2,7 +2,6 @@
 
 import re
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,6 +11,7 @@ transformers = pytest.importorskip("transformers")
 from qkv_jax.interop import load
 from qkv_jax.interop.marian_npz import convert_marian
 from tests.interop import toy_marian
+from tests.peers.test_pretrained import run_ours
 
 pytestmark = pytest.mark.peers
 
@@ -67,7 +67,7 @@ def test_logits_are_theirs(tmp_path):
             input_ids=torch.tensor(source).long(),
             decoder_input_ids=torch.tensor(target).long(),
         ).logits.numpy()
-    found = load(tmp_path / "out").model()(jnp.asarray(source), jnp.asarray(target))
+    found = run_ours(load(tmp_path / "out").model(), source, target)
     limit = 1e-5 * np.abs(wanted).max()
     np.testing.assert_allclose(found[..., :V], wanted[..., :V], atol=limit, rtol=0)
 

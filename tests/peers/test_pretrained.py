@@ -12,6 +12,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from flax import nnx
+
 from qkv_jax.decoding import beam_search, greedy_search, power
 from qkv_jax.interop import load, read_tensors, save
 from qkv_jax.models.seq2seq import Segments
@@ -208,18 +210,28 @@ def close(found, wanted, rounding: float):
     )
 
 
+@nnx.jit
+def run_ours(module, source, target, segments=None):
+    return module(source, target, segments=segments)
+
+
+@nnx.jit
+def states_of_ours(module, source, target):
+    """Memory, states and logits."""
+    memory, _ = module.encode(source)
+    return memory, module.states(source, target), module(source, target)
+
+
 def test_states_and_logits_are_theirs(pair):
     theirs, ours, rng = pair
-    model = ours.model()
     (source, mask), target = draw_source(rng, ours), draw_target(rng, ours)
     wanted = run_theirs(theirs, source, mask, target)
     off = rounding(theirs, source, mask, target)
-    memory, _ = model.encode(source)
+    memory, states, logits = states_of_ours(ours.model(), source, target)
     theirs_memory = wanted.encoder_last_hidden_state[torch.tensor(mask)]
     close(memory[mask], theirs_memory, off["memory"])
-    states = wanted.decoder_hidden_states[-1]
-    close(model.states(source, target), states, off["states"])
-    close(model(source, target), wanted.logits, off["logits"])
+    close(states, wanted.decoder_hidden_states[-1], off["states"])
+    close(logits, wanted.logits, off["logits"])
 
 
 def test_padding_on_the_left_changes_nothing(pair):
@@ -233,7 +245,7 @@ def test_padding_on_the_left_changes_nothing(pair):
         left[row, -real.sum() :] = tokens[real]
         segments[row, -real.sum() :] = 1
     both = Segments(jnp.asarray(segments), jnp.ones(target.shape, jnp.int32))
-    close(model(left, target, segments=both), model(source, target), off)
+    close(run_ours(model, left, target, both), run_ours(model, source, target), off)
 
 
 def search_ours(ours, source, *, beams, alpha):
@@ -296,13 +308,23 @@ def test_cached_steps_are_the_full_forward(pair):
     model = ours.model()
     (source, mask), target = draw_source(rng, ours), draw_target(rng, ours)
     off = rounding(theirs, source, mask, target)["logits"]
-    memory, lengths = model.encode(source)
-    cache = model.init_cache(memory, lengths, hypotheses=1, steps=target.shape[1])
+    cache = start_ours(model, source)
     steps = []
-    for at in range(target.shape[1]):
-        logits, cache = model.decode_step(jnp.asarray(target[:, at : at + 1]), cache)
+    for token in np.split(target, target.shape[1], axis=1):
+        logits, cache = step_ours(model, token, cache)
         steps.append(logits)
-    close(jnp.concatenate(steps, axis=1), model(source, target), off)
+    close(jnp.concatenate(steps, axis=1), run_ours(model, source, target), off)
+
+
+@nnx.jit
+def start_ours(module, source):
+    memory, lengths = module.encode(source)
+    return module.init_cache(memory, lengths, hypotheses=1, steps=LONGEST)
+
+
+@nnx.jit
+def step_ours(module, token, cache):
+    return module.decode_step(token, cache)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

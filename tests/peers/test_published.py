@@ -1,6 +1,5 @@
 """What published checkpoints lack, or have beside what they need."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -8,6 +7,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from qkv_jax.interop import InteropError, load, read_tensors, save
+from tests.peers.test_pretrained import run_ours
 
 pytestmark = pytest.mark.peers
 
@@ -44,7 +44,7 @@ def test_a_checkpoint_of_the_model_without_its_output(name, tmp_path):
     model = theirs.from_pretrained(tmp_path / "in").eval()
     source, target = np.random.default_rng(0).integers(4, 31, (2, 3, 7), np.int32)
     wanted, ours = logits(model, source, target), load(tmp_path / "in")
-    found = ours.model()(jnp.asarray(source), jnp.asarray(target))
+    found = run_ours(ours.model(), source, target)
     np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max(), rtol=0)
     save(ours, tmp_path / "out")
     before, after = (read_tensors(tmp_path / x) for x in ("in", "out"))
@@ -74,7 +74,7 @@ def test_an_unused_bias_of_published_t5_is_kept_and_changes_nothing(tmp_path):
     assert list(ours.kept) == [name]
     source, target = np.random.default_rng(0).integers(4, 31, (2, 3, 7), np.int32)
     wanted = logits(model, source, target)
-    found = ours.model()(jnp.asarray(source), jnp.asarray(target))
+    found = run_ours(ours.model(), source, target)
     np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max(), rtol=0)
     torch.save(state | {"odd": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(InteropError, match="tensor odd is not used"):
