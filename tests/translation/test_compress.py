@@ -72,8 +72,9 @@ def test_fewer_bits_take_fewer_bytes(finished, made, tmp_path):
     # A scale for 8 weights of 4 bits takes as much as they: 8 bits a weight, as int8 has.
     compress_model(finished, tmp_path / "int4", Quantisation(weights="int4", group=16))
     directories = (tmp_path / "int4", made / "int8", made / "float32")
-    sizes = [disk_bytes(x / WEIGHTS) for x in directories]
-    assert sizes == sorted(sizes)
+    # How many files orbax's writers leave beside the merged ones is a matter of timing.
+    sizes = [disk_bytes(x / WEIGHTS / "params" / "d") for x in directories]
+    assert 0 < sizes[0] < sizes[1] < sizes[2]
 
 
 def test_a_quantised_model_is_exported_and_trained_on_in_float(
