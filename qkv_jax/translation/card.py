@@ -103,7 +103,8 @@ def limits(
     }[decoding.overlong]
     learned = f"{len(corpus.train):,} pairs, the training part below"
     if text.distilled is not None:
-        learned = "what a teacher made of sources, the distilled part below"
+        beside = f"{learned}, and " if text.keep_references else ""
+        learned = f"{beside}what a teacher made of sources, the distilled part below"
     kind = (
         f"It learned from {learned}, and knows the kind of text that they are; on other kinds it "
         "was not tested."

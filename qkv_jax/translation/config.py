@@ -59,6 +59,9 @@ class TextConfig:
             (Caswell et al. 2019, arXiv 1906.06442); None: none.
         distilled: file of pairs that take the place of the corpus's training part, as
             `qkv-jax distil` writes it: targets are what a teacher made of the sources; None: none.
+        keep_references: distilled pairs stand beside the training part, not in its place. With
+            files of several teachers in one, that is data diversification (Nguyen et al. 2020,
+            arXiv 1911.01986).
         batch_tokens: target tokens of an update, padding included.
         batch_source_tokens: the same for the source; None: no such limit.
         buckets: static batch shapes, hence compilations of the step.
@@ -76,6 +79,7 @@ class TextConfig:
     filters: Filters = field(default_factory=Filters)
     back_translated: Path | None = None
     distilled: Path | None = None
+    keep_references: bool = False
     batch_tokens: int = 4096
     batch_source_tokens: int | None = None
     buckets: int = 8
@@ -94,6 +98,10 @@ class TextConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
+        if self.keep_references and self.distilled is None:
+            raise ValueError(
+                "keep_references needs text.distilled: without it, references are all there is."
+            )
         self._check_sampling()
 
     def _check_sampling(self) -> None:

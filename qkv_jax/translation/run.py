@@ -84,8 +84,9 @@ def prepare(
     if text.back_translated is not None:
         made = data.tagged(data.BACK_TRANSLATED, data.read_pairs(text.back_translated))
         symbols.append(data.BACK_TRANSLATED)
-    own = corpus.train if text.distilled is None else data.read_pairs(text.distilled)
-    train, filtered = data.filter_pairs(own + made, text.filters)
+    taught = [] if text.distilled is None else data.read_pairs(text.distilled)
+    own = corpus.train if text.distilled is None or text.keep_references else []
+    train, filtered = data.filter_pairs(own + taught + made, text.filters)
     if not train:
         raise data.DataError(
             f"no training pair is left ({filtered}): loosen text.filters, or use other text"
@@ -125,7 +126,7 @@ def prepare(
     report = [] if corpus.report is None else [f"corpus: {corpus.report}"]
     report += [
         *([f"back-translated: {len(made):,} pairs"] if made else []),
-        *([f"distilled: {len(own):,} pairs"] if text.distilled else []),
+        *([f"distilled: {len(taught):,} pairs"] if text.distilled else []),
         f"filters: {filtered}",
         f"parts: {len(train):,} training, {len(corpus.valid):,} validation, {len(corpus.test):,} test",
         f"vocabulary: {tokenizer.target_size:,} subwords",

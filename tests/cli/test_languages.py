@@ -95,10 +95,12 @@ def test_a_teachers_translations_train_a_student(
     assert not part.exists()
     assert "is there already, and is left as it is" in fail(*call)
     student = toy.make_config(corpus, tmp_path / "student")
-    text = dataclasses.replace(student.text, distilled=made)
-    report = prepare(dataclasses.replace(student, text=text)).report
-    assert f"distilled: {len(pairs)} pairs" in report
-    assert f"parts: {len(pairs)} training, 8 validation, 12 test" in report
+    references = len((corpus / "train.en").read_text().splitlines())
+    for keep, training in ((False, len(pairs)), (True, len(pairs) + references)):
+        text = dataclasses.replace(student.text, distilled=made, keep_references=keep)
+        report = prepare(dataclasses.replace(student, text=text)).report
+        assert f"distilled: {len(pairs)} pairs" in report
+        assert f"parts: {training} training, 8 validation, 12 test" in report
 
 
 def test_pairs_cannot_be_made_of_nothing(trained, tmp_path, fail):

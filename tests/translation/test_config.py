@@ -144,6 +144,7 @@ def test_fields_that_contradict_each_other_are_refused(change, message):
             r"sampling must be in \(0, 1\) for 'bpe', or None; got 1.0",
         ),
         (lambda: TextConfig(sampling_nbest=5), "sampling_nbest is of sampling with"),
+        (lambda: TextConfig(keep_references=True), "keep_references needs text.dist"),
         (
             lambda: TextConfig(sampling=0.1, sampling_nbest=1),
             "sampling_nbest must be 2 to 512, or -1; got 1",
