@@ -33,8 +33,8 @@ class Distil(Search):
     """Translates training sources with a teacher, for a smaller model to learn from.
 
     Sequence-level distillation, Kim and Rush 2016, arXiv 1606.07947, section 3.2: the student is
-    trained on what the teacher's search finds, in place of the references. MODEL is the teacher;
-    with --ensemble, several are. Word-level distillation needs no such file:
+    trained on what the teacher's search finds, in place of the references, or beside them with
+    `train --text.keep-references`. MODEL is the teacher; with --ensemble, several are. Word-level distillation needs no such file:
     `train --distillation.teacher MODEL`; both go together.
 
     Attributes:
