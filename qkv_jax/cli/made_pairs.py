@@ -34,8 +34,8 @@ class Distil(Search):
 
     Sequence-level distillation, Kim and Rush 2016, arXiv 1606.07947, section 3.2: the student is
     trained on what the teacher's search finds, in place of the references, or beside them with
-    `train --text.keep-references`. MODEL is the teacher; with --ensemble, several are. Word-level distillation needs no such file:
-    `train --distillation.teacher MODEL`; both go together.
+    `train --text.keep-references`. MODEL is the teacher; with --ensemble, several are. Word-level
+    distillation needs no such file: `train --distillation.teacher MODEL`; both go together.
 
     Attributes:
         output: the pairs, "source TAB target", for `train --text.distilled`: a new .tsv. A call that
