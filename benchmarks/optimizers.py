@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -93,6 +93,7 @@ def main(
     names: Sequence[str] = tuple(RATES),
     rates: Sequence[float] = (),
     sentences: int = 0,
+    compute: Literal["float32", "bfloat16"] | None = None,
 ) -> None:
     """Validation loss after as many updates.
 
@@ -103,11 +104,15 @@ def main(
         names: optimizers.
         rates: to try with each; none: those of `RATES`.
         sentences: of the validation part, to be translated for BLEU; 0: none.
+        compute: dtype of the products; None: as the experiment says.
     """
     config = load_experiment(experiment)
     if directory is not None:
         data = dataclasses.replace(config.data, directory=directory)
         config = dataclasses.replace(config, data=data)
+    if compute is not None:
+        precision = dataclasses.replace(config.precision, compute=compute)
+        config = dataclasses.replace(config, precision=precision)
     once = {"steps": updates, "evaluate_every": updates, "checkpoint_every": updates}
     settings = dataclasses.replace(
         config.training, **once, metric="loss", mode="min", patience=None, log_every=1

@@ -1,4 +1,4 @@
-"""Commands that make models cheaper."""
+"""Commands that make a model of models: a cheaper one, or a mean."""
 
 import dataclasses
 from pathlib import Path
@@ -72,6 +72,46 @@ class Prune:
     source_prefix: str | None = None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Average:
+    """Writes the mean of models that were trained from the same weights, which every command takes.
+
+    Between a model and what fine-tuning made of it lie models that know much of both texts (Wortsman
+    et al. 2022, arXiv 2109.01903). For checkpoints of one run there is `train --training.average`;
+    for models that have only their tokeniser in common, --ensemble.
+
+    Attributes:
+        models: two or more: directories of runs, of imported, published or pruned models, or hub
+            names; the first gives the corpus that `evaluate` takes, and how to search.
+        output: new directory.
+        weights: of each; their sum counts as 1. Default: all the same.
+        checkpoint: of runs: a step, "best", "latest" or "average".
+        source_language, target_language: of models for several.
+        source_prefix: text before every source.
+    """
+
+    models: tyro.conf.Positional[tuple[str, ...]]
+    output: Path
+    weights: tuple[float, ...] | None = None
+    checkpoint: str | None = None
+    source_language: str | None = None
+    target_language: str | None = None
+    source_prefix: str | None = None
+
+
+def average(arguments: list[str]) -> None:
+    options = parse("average", Average, arguments)
+    from qkv_jax.translation.average import average_models
+
+    try:
+        start = average_models(
+            options.models, options.output, weights=options.weights, **_of(options)
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    _say(start, options.output)
+
+
 def prune(arguments: list[str]) -> None:
     options = parse("prune", Prune, arguments)
     from qkv_jax.compression import Pruning
@@ -93,7 +133,7 @@ def prune(arguments: list[str]) -> None:
     _say(start, options.out)
 
 
-def _of(options: Compress | Prune) -> dict[str, Any]:
+def _of(options: Average | Compress | Prune) -> dict[str, Any]:
     """Which model, of a run or of several languages."""
     from qkv_jax.translation import LanguageConfig
 

@@ -33,6 +33,7 @@ USAGE = f"""usage: {PROGRAM} COMMAND ...
   compress MODEL OUT --weights KIND
                                  write a model with int8 or int4 weights
   prune MODEL OUT [OPTIONS]      write a model with fewer heads, feed-forward units and layers
+  average MODEL... --output OUT  write the mean of models that went on from the same weights
   demo [OPTIONS]                 train and try a small translator, about 8 minutes on 2 cores
 
 A MODEL is the directory of a run, of an imported, published, compressed or pruned model, or a
@@ -56,6 +57,7 @@ COMMANDS = {
     "export": "exchange",
     "compress": "compressing",
     "prune": "compressing",
+    "average": "compressing",
     "demo": "training",
 }
 

@@ -213,3 +213,17 @@ def test_compressed_models_translate_and_are_evaluated(say, places):
     assert "one scale an output" in error
     (error,) = say("prune", "run", "out", fails=True)
     assert "nothing is removed" in error
+
+
+def test_a_mean_of_models_is_a_model(say, places):
+    said = say(
+        "average", "run", "run", "--output", str(places / "mean"), "--weights", "3", "1"
+    )
+    assert re.match(r"[\d,]+ parameters, [\d,]+ bytes of weights", said[0])
+    assert say("translate", "mean", "one two") == say("translate", "run", "one two")
+    (error,) = say("average", "run", "--output", "out", fails=True)
+    assert "models must be two or more; got 1." in error
+    (error,) = say(
+        "average", "run", "run", "--output", "out", "--weights", "1", fails=True
+    )
+    assert "weights must be one for each of the 2 models; got 1." in error
