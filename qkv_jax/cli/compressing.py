@@ -76,9 +76,9 @@ class Prune:
 class Average:
     """Writes the mean of models that were trained from the same weights, which every command takes.
 
-    Between a model and what fine-tuning made of it lie models that know much of both texts (Wortsman
-    et al. 2022, arXiv 2109.01903). For checkpoints of one run there is `train --training.average`;
-    for models that have only their tokeniser in common, --ensemble.
+    Between a model and a fine-tuning that did not go far from it lie models that know much of both
+    texts (Wortsman et al. 2022, arXiv 2109.01903). For checkpoints of one run there is `train
+    --training.average`; for models that have only their tokeniser in common, --ensemble.
 
     Attributes:
         models: two or more: directories of runs, of imported, published or pruned models, or hub

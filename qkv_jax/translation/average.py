@@ -36,9 +36,9 @@ def average_models(
 ) -> Start:
     """Writes the mean of models that were trained from the same weights, and returns it.
 
-    Between a model and what fine-tuning made of it lie models that know much of both texts (Wortsman
-    et al. 2022, arXiv 2109.01903); the mean of several fine-tunings is often better than each
-    (arXiv 2203.05482). Of models that were trained from weights of their own, the mean is noise.
+    Between a model and a fine-tuning that did not go far from it lie models that know much of both
+    texts (Wortsman et al. 2022, arXiv 2109.01903); the mean of several fine-tunings is often better
+    than each (arXiv 2203.05482). Of models trained from weights of their own, the mean is noise.
 
     Args:
         models: two or more: directories of runs, of imported or pruned models, or hub names. The
@@ -110,8 +110,8 @@ def _check_fits(
     if apart:
         raise training.RunError(
             f"{name} has another shape than {first_name} ({', '.join(apart)}): only models of one "
-            "shape, trained from the same weights, have a mean. Others can decide together: "
-            "--ensemble."
+            "shape, trained from the same weights, have a mean. Others of one tokeniser can decide "
+            "together: --ensemble."
         )
     if other.tokenizer.digest != first.tokenizer.digest:
         raise training.RunError(
