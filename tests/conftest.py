@@ -13,7 +13,8 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import jax
 import pytest
-from jax._src import compiler
+
+from tests import compiling
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -42,20 +43,8 @@ def pytest_configure_node(node):
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """Programs are compiled as users have them where that is what is tested; else for less time."""
-    as_users_have_them = item.path.name in AS_USERS_HAVE_THEM
-    jax.config.update("jax_disable_most_optimizations", not as_users_have_them)
-    options = USERS_OPTIONS if as_users_have_them else quick_options
-    compiler.get_compile_options = options
-
-
-# In public, options can be set for one program, but not for all.
-USERS_OPTIONS = compiler.get_compile_options
-
-
-def quick_options(*arguments, env_options_overrides=None, **more):
-    """XLA's older emitters, and one module of LLVM a program: half the time of compiling."""
-    options = QUICK | (env_options_overrides or {})
-    return USERS_OPTIONS(*arguments, env_options_overrides=options, **more)
+    names = item.path.name, getattr(item, "originalname", item.name)
+    compiling.choose(quick=not AS_USERS_HAVE_THEM & {names[0], "::".join(names)})
 
 
 @pytest.hookimpl(trylast=True)
@@ -161,14 +150,9 @@ SLOW = [
     ("translation/test_plan.py", "test_devices_that_share_out_the_model"),
     ("translation/test_plan.py", "test_plan_prints_tables"),
 ]
-QUICK = {
-    "xla_cpu_use_fusion_emitters": False,
-    "xla_cpu_parallel_codegen_split_count": 1,
-}
 AS_USERS_HAVE_THEM = {
     "test_attention.py",
-    "test_blockwise.py",
-    "test_context_parallel.py",
+    "test_context_parallel.py::test_neither_keys_nor_scores_are_gathered",
     "test_kernels.py",
     "test_loop.py",
     "test_mesh.py",

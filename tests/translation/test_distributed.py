@@ -1,7 +1,6 @@
 """A run of two processes: the same losses as one with as many devices, also if it is stopped."""
 
 import json
-import os
 import re
 import socket
 import subprocess
@@ -15,6 +14,7 @@ from qkv_jax.cli import main
 from qkv_jax.training import DistributedConfig
 from qkv_jax.training.stopping import Signals
 from qkv_jax.translation.run import read_result
+from tests import compiling
 
 ROOT = Path(__file__).parents[2]
 MESH = ["--mesh.data", "2", "--mesh.fsdp", "2"]
@@ -63,11 +63,7 @@ def experiment(corpus, tmp_path_factory):
 
 
 def start(experiment, directory, index, port, program):
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "PYTHONPATH": str(ROOT),
-    }
+    environment = compiling.environment(2) | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, *program, "train", str(experiment), *MESH]
     command += ["--run.directory", str(directory)]
     command += ["--distributed.coordinator", f"127.0.0.1:{port}"]
