@@ -9,6 +9,9 @@ from typing import Any
 from qkv_jax.cli.options import Search, check_language, load_model, own_data
 from qkv_jax.cli.parsing import PROGRAM, UsageError, parse, write_lines
 
+# Above what is said in place of a sentence; see `qkv_jax.data.compression`.
+COMPRESSION = 2.0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackTranslate(Search):
@@ -131,9 +134,26 @@ def _write(
     whole = options.output.with_name(options.output.name + ".tmp")
     write_lines(whole, [f"{source}\t{target}" for source, target in pairs])
     whole.replace(options.output)
+    _warn_of_loops(options.output, pairs)
     _part(options.output).unlink(missing_ok=True)
     print(
         f"{PROGRAM}: {len(pairs):,} pairs in {options.output}, of {sentences:,} sentences; "
         f"train with {option} {options.output}",
         file=sys.stderr,
     )
+
+
+def _warn_of_loops(output: Path, pairs: Sequence[tuple[str, str]]) -> None:
+    from qkv_jax.data import compression
+
+    loops = [
+        number
+        for number, pair in enumerate(pairs, 1)
+        if max(map(compression, pair)) > COMPRESSION
+    ]
+    if loops:
+        print(
+            f"{PROGRAM}: {len(loops):,} of {len(pairs):,} pairs repeat themselves, as in line {loops[0]} "
+            f"of {output}; --text.filters.max-compression {COMPRESSION} trains without them",
+            file=sys.stderr,
+        )

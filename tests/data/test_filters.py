@@ -1,6 +1,6 @@
 import pytest
 
-from qkv_jax.data import Filters, filter_pairs
+from qkv_jax.data import Filters, compression, filter_pairs
 
 PAIRS = [
     ("a dog", "ein Hund"),
@@ -9,6 +9,8 @@ PAIRS = [
     ("one two three four", "eins"),
     ("x" * 100, "y"),
 ]
+LOOP = "Ein Mann in einem blauen Hemd putzt ein Fenster" + " eines Fensters" * 12
+PLAIN = "Ein Mann in einem blauen Hemd steht auf einer Leiter und putzt ein Fenster."
 
 
 def test_by_default_only_blank_pairs_are_dropped():
@@ -20,19 +22,21 @@ def test_by_default_only_blank_pairs_are_dropped():
 @pytest.mark.parametrize(
     ("filters", "counts"),
     [
-        (Filters(max_characters=50), (1, 1, 0, 0, 3)),
-        (Filters(max_words=3), (1, 1, 0, 0, 3)),
-        (Filters(max_ratio=4.0), (1, 0, 1, 0, 3)),
-        (Filters(drop_duplicates=True), (1, 0, 0, 1, 3)),
+        (Filters(max_characters=50), (1, 1, 0, 0, 0, 3)),
+        (Filters(max_words=3), (1, 1, 0, 0, 0, 3)),
+        (Filters(max_ratio=4.0), (1, 0, 1, 0, 0, 3)),
+        (Filters(max_compression=5.0), (1, 0, 0, 1, 0, 3)),
+        (Filters(drop_duplicates=True), (1, 0, 0, 0, 1, 3)),
         (
             Filters(max_words=3, max_ratio=4.0, drop_duplicates=True),
-            (1, 1, 1, 1, 1),
+            (1, 1, 1, 0, 1, 1),
         ),
     ],
 )
 def test_every_dropped_pair_is_counted_under_one_reason(filters, counts):
     kept, report = filter_pairs(PAIRS, filters)
-    reasons = (report.empty, report.too_long, report.ratio, report.duplicates)
+    reasons = (report.empty, report.too_long, report.ratio, report.repetitive)
+    reasons += (report.duplicates,)
     assert (*reasons, report.kept) == counts
     assert report.kept == len(kept) and sum(counts) == report.total
 
@@ -47,15 +51,25 @@ def test_very_short_pairs_pass_the_ratio_filter():
     assert filter_pairs([pair], Filters(max_ratio=2.0))[0] == [pair]
 
 
+def test_a_text_that_repeats_itself_compresses_and_a_sentence_does_not():
+    assert compression(LOOP) > 3
+    assert 0.8 < compression(PLAIN) < 1.2
+    assert compression("") == 0
+    pairs = [("A man.", LOOP), (LOOP, "Ein Mann."), ("A man.", PLAIN)]
+    assert filter_pairs(pairs, Filters(max_compression=2.0))[0] == pairs[2:]
+
+
 def test_the_report_is_one_line():
     _, report = filter_pairs(PAIRS, Filters(max_words=3))
     assert str(report) == (
         "kept 3 of 5 pairs (dropped: 1 empty, 1 too long, 0 by length ratio, "
-        "0 duplicates)"
+        "0 repetitive, 0 duplicates)"
     )
 
 
-@pytest.mark.parametrize("name", ["max_characters", "max_words", "max_ratio"])
+@pytest.mark.parametrize(
+    "name", ["max_characters", "max_words", "max_ratio", "max_compression"]
+)
 def test_a_limit_below_one_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1; got 0"):
         Filters(**{name: 0})
