@@ -1,5 +1,4 @@
 import itertools
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from qkv_jax.training import (
     restore_params,
 )
 from qkv_jax.training.checkpoint import CheckpointStore
+from tests import compiling
 from tests.training import toy
 
 ROOT = Path(__file__).parents[2]
@@ -77,10 +77,7 @@ toy.run(sys.argv[1], evaluate=squared, callbacks=[kill])
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path):
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
-    }
+    environment = compiling.environment(8) | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "killed")]
     for step in (2, 3):  # right after the save of that step was started
         ended = subprocess.run(
