@@ -160,6 +160,8 @@ AS_USERS_HAVE_THEM = [
     ("ops/test_attention.py", "equal_the_oracle", "bfloat16"),
     ("ops/test_attention.py", "test_gradients_are_the_same_through_remat"),
     ("ops/test_context_parallel.py", "test_neither_keys_nor_scores"),
+    # By the older emitters tokamax gives a bias infinite slopes.
+    ("peers/test_kernels.py",),
     ("training/test_step.py",),
     ("translation/test_mesh.py",),
     ("translation/test_plan.py",),
