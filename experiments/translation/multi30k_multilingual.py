@@ -5,7 +5,8 @@
 A tag before each source names its target language; then `translate RUN --target-language fr`, and
 `evaluate RUN --target-language fr`. The reverse, both into English: --data.pairs de en fr en. The
 recipe is that of multi30k_raw.py, with as many updates for both languages together as there for one.
-Hardware, time and result: README.md beside this file.
+Hardware, time and result: README.md beside this file. With 2,400 updates, and subwords for three
+languages, it is better in each direction than a model of that direction alone with 1,200.
 """
 
 from pathlib import Path
