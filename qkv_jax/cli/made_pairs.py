@@ -9,8 +9,8 @@ from typing import Any
 from qkv_jax.cli.options import Search, check_language, load_model, own_data
 from qkv_jax.cli.parsing import PROGRAM, UsageError, parse, write_lines
 
-# Above what is said in place of a sentence; see `qkv_jax.data.compression`.
-COMPRESSION = 2.0
+# What people write stays below it: `qkv_jax.data.compression_ratio` has the numbers.
+MOST_COMPRESSION = 2.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,16 +144,16 @@ def _write(
 
 
 def _warn_of_loops(output: Path, pairs: Sequence[tuple[str, str]]) -> None:
-    from qkv_jax.data import compression
+    from qkv_jax.data import compression_ratio
 
     loops = [
         number
         for number, pair in enumerate(pairs, 1)
-        if max(map(compression, pair)) > COMPRESSION
+        if max(map(compression_ratio, pair)) > MOST_COMPRESSION
     ]
     if loops:
         print(
             f"{PROGRAM}: {len(loops):,} of {len(pairs):,} pairs repeat themselves, as in line {loops[0]} "
-            f"of {output}; --text.filters.max-compression {COMPRESSION} trains without them",
+            f"of {output}; --text.filters.max-compression-ratio {MOST_COMPRESSION} trains without them",
             file=sys.stderr,
         )

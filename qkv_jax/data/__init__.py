@@ -20,7 +20,7 @@ from qkv_jax.data.files import cache_directory as cache_directory
 from qkv_jax.data.files import write_atomically as write_atomically
 from qkv_jax.data.filters import FilterReport as FilterReport
 from qkv_jax.data.filters import Filters as Filters
-from qkv_jax.data.filters import compression as compression
+from qkv_jax.data.filters import compression_ratio as compression_ratio
 from qkv_jax.data.filters import filter_pairs as filter_pairs
 from qkv_jax.data.held_out import HeldOut as HeldOut
 from qkv_jax.data.held_out import read_held_out as read_held_out

@@ -19,19 +19,24 @@ class Filters:
         max_words: longest side, in words between white space. None: no limit.
         max_ratio: largest (a + 10) / (b + 10) for the character lengths a >= b of
             the two sides, at least 1. None: no limit.
-        max_compression: largest `compression` of a side, for text that a model made: 2 leaves
-            out what says a piece again and again. None: no limit.
+        max_compression_ratio: largest `compression_ratio` of a side, for text that a model made:
+            2 leaves out what says a piece again and again. None: no limit.
         drop_duplicates: keep the first of equal pairs only.
     """
 
     max_characters: int | None = None
     max_words: int | None = None
     max_ratio: float | None = None
-    max_compression: float | None = None
+    max_compression_ratio: float | None = None
     drop_duplicates: bool = False
 
     def __post_init__(self):
-        for name in ("max_characters", "max_words", "max_ratio", "max_compression"):
+        for name in (
+            "max_characters",
+            "max_words",
+            "max_ratio",
+            "max_compression_ratio",
+        ):
             limit = getattr(self, name)
             if limit is not None and limit < 1:
                 raise ValueError(f"{name} must be at least 1; got {limit}")
@@ -94,14 +99,14 @@ def _reason(pair: Pair, filters: Filters) -> str | None:
     ratio = (long + _RATIO_SMOOTHING) / (short + _RATIO_SMOOTHING)
     if filters.max_ratio is not None and ratio > filters.max_ratio:
         return "ratio"
-    most = filters.max_compression
-    if most is not None and max(map(compression, stripped)) > most:
+    most = filters.max_compression_ratio
+    if most is not None and max(map(compression_ratio, stripped)) > most:
         return "repetitive"
     return None
 
 
-def compression(text: str) -> float:
-    """UTF-8 bytes of a text by the bytes that zlib makes of them: high where it repeats itself.
+def compression_ratio(text: str) -> float:
+    """UTF-8 bytes of a text, divided by those that zlib makes of them: high where it repeats itself.
 
     About 1 of what people wrote, at most 1.61 of 220,000 sentences (Multi30k's in German and French,
     Tatoeba's in German); about 2 of a piece said four to six times over, and more the longer it goes

@@ -179,7 +179,7 @@ def test_sigterm_saves_the_step_and_says_how_to_go_on(corpus, tmp_path):
     directory = tmp_path / "run"
     command = [sys.executable, "-m", "qkv_jax", "train", str(file)]
     command += ["--run.directory", str(directory), "--training.log-every", "1"]
-    environment = compiling.environment(8) | {"PYTHONPATH": str(ROOT)}
+    environment = compiling.environment(8)
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
     )
@@ -207,7 +207,7 @@ def test_debug_nans_names_the_operation_in_one_line(corpus, tmp_path):
     ended = subprocess.run(
         command,
         cwd=ROOT,
-        env=compiling.environment(8) | {"PYTHONPATH": str(ROOT)},
+        env=compiling.environment(8),
         capture_output=True,
         text=True,
         check=False,

@@ -103,7 +103,7 @@ def test_a_teachers_translations_train_a_student(
         assert f"parts: {training} training, 8 validation, 12 test" in report
 
 
-def test_pairs_that_repeat_themselves_are_told_of(trained, tmp_path, ask, capfd):
+def test_pairs_that_repeat_themselves_are_told_of(trained, tmp_path, capfd):
     text, pairs = tmp_path / "mono.de", tmp_path / "made.tsv"
     text.write_text("one two\n" + "three four " * 12 + "\n")
     capfd.readouterr()
@@ -111,7 +111,7 @@ def test_pairs_that_repeat_themselves_are_told_of(trained, tmp_path, ask, capfd)
     assert main(list(map(str, ["back-translate", trained, *options]))) == 0
     said = capfd.readouterr().err
     assert f"repeat themselves, as in line 2 of {pairs}" in said
-    assert "--text.filters.max-compression 2.0 trains without them" in said
+    assert "--text.filters.max-compression-ratio 2.0 trains without them" in said
 
 
 def test_pairs_cannot_be_made_of_nothing(trained, tmp_path, fail):

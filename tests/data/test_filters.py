@@ -1,6 +1,6 @@
 import pytest
 
-from qkv_jax.data import Filters, compression, filter_pairs
+from qkv_jax.data import Filters, compression_ratio, filter_pairs
 
 PAIRS = [
     ("a dog", "ein Hund"),
@@ -25,7 +25,7 @@ def test_by_default_only_blank_pairs_are_dropped():
         (Filters(max_characters=50), (1, 1, 0, 0, 0, 3)),
         (Filters(max_words=3), (1, 1, 0, 0, 0, 3)),
         (Filters(max_ratio=4.0), (1, 0, 1, 0, 0, 3)),
-        (Filters(max_compression=5.0), (1, 0, 0, 1, 0, 3)),
+        (Filters(max_compression_ratio=5.0), (1, 0, 0, 1, 0, 3)),
         (Filters(drop_duplicates=True), (1, 0, 0, 0, 1, 3)),
         (
             Filters(max_words=3, max_ratio=4.0, drop_duplicates=True),
@@ -52,11 +52,11 @@ def test_very_short_pairs_pass_the_ratio_filter():
 
 
 def test_a_text_that_repeats_itself_compresses_and_a_sentence_does_not():
-    assert compression(LOOP) > 3
-    assert 0.8 < compression(PLAIN) < 1.2
-    assert compression("") == 0
+    assert compression_ratio(LOOP) > 3
+    assert 0.8 < compression_ratio(PLAIN) < 1.2
+    assert compression_ratio("") == 0
     pairs = [("A man.", LOOP), (LOOP, "Ein Mann."), ("A man.", PLAIN)]
-    assert filter_pairs(pairs, Filters(max_compression=2.0))[0] == pairs[2:]
+    assert filter_pairs(pairs, Filters(max_compression_ratio=2.0))[0] == pairs[2:]
 
 
 def test_the_report_is_one_line():
@@ -68,7 +68,7 @@ def test_the_report_is_one_line():
 
 
 @pytest.mark.parametrize(
-    "name", ["max_characters", "max_words", "max_ratio", "max_compression"]
+    "name", ["max_characters", "max_words", "max_ratio", "max_compression_ratio"]
 )
 def test_a_limit_below_one_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1; got 0"):

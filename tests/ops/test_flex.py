@@ -57,16 +57,21 @@ def pulled(form, arrays, implementation):
     return run(ARRAYS[:3], arrays, ARRAYS[3:])
 
 
-# `make test` has every row in one of its forms, by turns a predicate and a modifier of the scores.
+def fast(number, row):
+    """The form of a row that `make test` has: by turns the modifier of scores and the predicate."""
+    written_out = [name for name in row.forms if name != "built in"] or list(row.forms)
+    return written_out[number % len(written_out)]
+
+
 FORMS = [
     pytest.param(
         row,
         form,
         id=f"{row.name}-{name}",
-        marks=[pytest.mark.slow] if (i + j) % len(row.forms) else [],
+        marks=[] if name == fast(number, row) else [pytest.mark.slow],
     )
-    for i, row in enumerate(ROWS)
-    for j, (name, form) in enumerate(row.forms.items())
+    for number, row in enumerate(ROWS)
+    for name, form in row.forms.items()
 ]
 
 

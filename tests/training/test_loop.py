@@ -77,7 +77,7 @@ toy.run(sys.argv[1], evaluate=squared, callbacks=[kill])
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path):
-    environment = compiling.environment(8) | {"PYTHONPATH": str(ROOT)}
+    environment = compiling.environment(8)
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "killed")]
     for step in (2, 3):  # right after the save of that step was started
         ended = subprocess.run(

@@ -63,7 +63,7 @@ def experiment(corpus, tmp_path_factory):
 
 
 def start(experiment, directory, index, port, program):
-    environment = compiling.environment(2) | {"PYTHONPATH": str(ROOT)}
+    environment = compiling.environment(2)
     command = [sys.executable, *program, "train", str(experiment), *MESH]
     command += ["--run.directory", str(directory)]
     command += ["--distributed.coordinator", f"127.0.0.1:{port}"]
