@@ -25,6 +25,7 @@ from qkv_jax.layers.recurrent import RecurrentAttention as RecurrentAttention
 from qkv_jax.layers.rngs import init_rngs as init_rngs
 from qkv_jax.layers.stack import Remat as Remat
 from qkv_jax.layers.stack import check_remat as check_remat
+from qkv_jax.layers.stack import pairs_of_keys as pairs_of_keys
 from qkv_jax.layers.stack import run_blocks as run_blocks
 from qkv_jax.layers.transformer import DecoderBlock as DecoderBlock
 from qkv_jax.layers.transformer import EncoderBlock as EncoderBlock

@@ -10,7 +10,7 @@ from flax import nnx
 from qkv_jax.layers.linear import PRODUCT
 
 Array = jax.Array
-Block = TypeVar("Block", bound=nnx.Module)
+Block = TypeVar("Block")  # A module, or a tuple of some.
 Remat = Literal["none", "dots", "everything"]
 # What the backward pass finds kept; None: a layer's input alone. Attention's T x S products are not
 # among it, and what is kept has the dtype of the computation, where sums are float32.
@@ -38,7 +38,7 @@ def run_blocks(
     """x through each block in turn.
 
     Args:
-        blocks: L modules that change nothing of their own when called; none: x comes back.
+        blocks: L modules, or tuples of modules, that change nothing of their own when called; none: x comes back.
         x: what the first one takes, and of the same shape and dtype what each gives.
         rngs: each block's.
         call: (block, x, rng) -> x; may read other arrays, of which gradients are made too.
@@ -87,6 +87,14 @@ def run_blocks(
         return apply(graph, state, x, rng), None
 
     return jax.lax.scan(step, x, (stacked, drawn))[0]
+
+
+def pairs_of_keys(rngs: Sequence[Array | None]) -> list[Array | None]:
+    """2 L keys -> L arrays (2,) of keys, for blocks that draw twice; of None, L None."""
+    return [
+        None if first is None else jnp.stack(list[Any]((first, second)))
+        for first, second in zip(rngs[::2], rngs[1::2])
+    ]
 
 
 def _shapes(state: Any) -> Any:

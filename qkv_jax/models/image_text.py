@@ -6,6 +6,7 @@ attend to the picture's patches through gates (Flamingo: Alayrac et al. 2022, ar
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +21,15 @@ from qkv_jax.layers import (
     EncoderBlock,
     FeedForward,
     MultiHeadAttention,
+    Remat,
+    check_remat,
     make_norm,
+    pairs_of_keys,
+    run_blocks,
 )
 from qkv_jax.models.detection import normalise
 from qkv_jax.models.pyramid import Conv, ConvNet, grid_sinusoids
-from qkv_jax.ops import Ancestry, KVCache, dropout, masks, split_rng
+from qkv_jax.ops import Ancestry, KVCache, Mask, dropout, masks, split_rng
 from qkv_jax.ops.images import Augmentation, augment
 
 Array = jax.Array
@@ -54,6 +59,8 @@ class Config:
         caption_weight: of the captions' loss, beside the comparison's.
         dropout: of all layers of attention.
         augmentation: of training pictures; None: none.
+        remat, scan_layers: what training keeps of each layer for its backward pass, and whether the
+            layers of each kind are one loop, see `run_blocks`.
     """
 
     vocabulary: int = 0
@@ -82,8 +89,11 @@ class Config:
             colour=0.05,
         )
     )
+    remat: Remat = "none"
+    scan_layers: bool = False
 
     def __post_init__(self):
+        check_remat(self.remat)
         if self.d_model % self.heads or self.d_model % 4:
             raise ValueError(
                 f"heads and 4 must divide d_model; got {self.heads} and {self.d_model}."
@@ -155,19 +165,15 @@ class Model(nnx.Module):
         x = self.patch(self.net(pixels)[-1])
         B, h, w, D = x.shape
         x = (x + grid_sinusoids(h, w, D)[None]).reshape(B, h * w, D)
-        for block, block_rng in zip(
-            self.image_blocks, split_rng(rng, len(self.image_blocks))
-        ):
-            x = block(x, mask=None, rng=block_rng)
+        rngs = split_rng(rng, len(self.image_blocks))
+        x = self._run(self.image_blocks, x, rngs, None)
         return self.norms[0](x)
 
     def read(self, tokens: Array, *, rng: Array | None = None) -> Array:
         """Captions (B, T) -> states (B, T, D), each of what stands up to there."""
         rngs = split_rng(rng, len(self.text_blocks))
         x = self._embed(tokens, jnp.arange(tokens.shape[1])[None])
-        for block, block_rng in zip(self.text_blocks, rngs):
-            x = block(x, mask=masks.causal(), rng=block_rng)
-        return x
+        return self._run(self.text_blocks, x, rngs, masks.causal())
 
     def image_vectors(self, patches: Array) -> Array:
         """Patches (B, P, D) -> vectors of length 1, (B, W)."""
@@ -184,13 +190,26 @@ class Model(nnx.Module):
     ) -> Array:
         """States (B, L, T, D) of L captions of a picture each, patches (B, P, D) -> (B, L, T, V)."""
         B, L, T, D = states.shape
-        rngs, x = split_rng(rng, 2 * len(self.crosses)), states
-        for i, (cross, block) in enumerate(zip(self.crosses, self.caption_blocks)):
+
+        def layer(
+            parts: tuple[GatedCross, EncoderBlock], x: Array, drawn: Array | None
+        ) -> Array:
+            (cross, block), rngs = parts, (None, None) if drawn is None else drawn
             # Captions of a picture ask at once: its keys and values are made once for all.
-            asked = x.reshape(B, L * T, D)
-            x = cross(asked, cross.cross.remember(patches), rng=rngs[2 * i])
+            x = cross(
+                x.reshape(B, L * T, D), cross.cross.remember(patches), rng=rngs[0]
+            )
             x = x.reshape(B * L, T, D)
-            x = block(x, mask=masks.causal(), rng=rngs[2 * i + 1])
+            return block(x, mask=masks.causal(), rng=rngs[1])
+
+        x = run_blocks(
+            list(zip(self.crosses, self.caption_blocks)),
+            states.reshape(B * L, T, D),
+            pairs_of_keys(split_rng(rng, 2 * len(self.crosses))),
+            layer,
+            remat=self.config.remat,
+            scan=self.config.scan_layers,
+        )
         return self._logits(x).reshape(B, L, T, -1)
 
     def loss(self, batch: Batch, *, rng: Array | None) -> tuple[Array, dict]:
@@ -323,6 +342,22 @@ class Model(nnx.Module):
         right = (logits.argmax(axis=-1) == labels) * real
         count = jnp.maximum(real.sum(axis=(1, 2)), 1.0)
         return (nll * real).sum(axis=(1, 2)) / count, right.sum(axis=(1, 2)) / count
+
+    def _run(
+        self,
+        blocks: nnx.List,
+        x: Array,
+        rngs: Sequence[Array | None],
+        mask: Mask | None,
+    ) -> Array:
+        return run_blocks(
+            blocks,
+            x,
+            rngs,
+            lambda block, x, drawn: block(x, mask=mask, rng=drawn),
+            remat=self.config.remat,
+            scan=self.config.scan_layers,
+        )
 
     def _embed(self, tokens: Array, places: Array) -> Array:
         return self.positions(self.embedding(tokens), places)

@@ -14,7 +14,10 @@ from qkv_jax.layers import (
     Embedding,
     EncoderBlock,
     NormPlace,
+    Remat,
+    check_remat,
     make_norm,
+    run_blocks,
 )
 from qkv_jax.ops import masks, segment_positions, split_rng
 
@@ -42,6 +45,8 @@ class Config:
         mask_rate: of "masked": the share of a row that is predicted in training.
         last_rate: of "masked": the share of rows in training in which it is the last item of each
             history, as in use.
+        remat, scan_layers: what training keeps of each layer for its backward pass, and whether the
+            layers are one loop, see `run_blocks`.
     """
 
     items: int = 0
@@ -59,8 +64,11 @@ class Config:
     activation_dropout: float = 0.0
     mask_rate: float = 0.2
     last_rate: float = 0.1
+    remat: Remat = "none"
+    scan_layers: bool = False
 
     def __post_init__(self):
+        check_remat(self.remat)
         if self.objective not in ("next", "masked"):
             raise ValueError(
                 f"objective must be 'next' or 'masked'; got {self.objective!r}."
@@ -183,8 +191,14 @@ class Model(nnx.Module):
         x = self.positions(
             self.embedding(items), segment_positions(segments), rng=rngs[0]
         )
-        for block, block_rng in zip(self.blocks, rngs[1:]):
-            x = block(x, mask=mask, rng=block_rng)
+        x = run_blocks(
+            self.blocks,
+            x,
+            rngs[1:],
+            lambda block, x, drawn: block(x, mask=mask, rng=drawn),
+            remat=self.config.remat,
+            scan=self.config.scan_layers,
+        )
         return x if self.norm is None else self.norm(x)
 
     def logits(self, states: Array) -> Array:

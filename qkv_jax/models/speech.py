@@ -24,8 +24,12 @@ from qkv_jax.layers import (
     DecoderBlock,
     Embedding,
     EncoderBlock,
+    Remat,
     Residual,
+    check_remat,
     make_norm,
+    pairs_of_keys,
+    run_blocks,
     windows,
 )
 from qkv_jax.models.seq2seq import Cache
@@ -59,6 +63,8 @@ class Config:
         beams: of the search; 0: CTC's greedy path.
         search_weight: share of CTC in the search's scores; 1: the decoder is not asked.
         longest: most tokens of what is recognised, EOS included.
+        remat, scan_layers: what training keeps of each layer for its backward pass, and whether the
+            layers of a side are one loop (two, about `intermediate`), see `run_blocks`.
     """
 
     vocabulary: int = 0
@@ -79,8 +85,11 @@ class Config:
     beams: int = 0
     search_weight: float = 0.4
     longest: int = 64
+    remat: Remat = "none"
+    scan_layers: bool = False
 
     def __post_init__(self):
+        check_remat(self.remat)
         for name in ("d_model", "d_ff", "heads", "encoder_layers", "longest"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
@@ -171,17 +180,39 @@ class Encoder(nnx.Module):
             lengths = -(-lengths // stride)
             x = jnp.where(_valid(x, lengths)[..., None], x, 0.0)
         x = self.positions(self.input(x), jnp.arange(x.shape[1])[None], rng=rngs[0])
-        valid, mask, logits = _valid(x, lengths), masks.lengths(key=lengths), []
-        for i, block in enumerate(self.blocks):
-            if self.config.convolution:
-                convolve = functools.partial(self.convolutions[i], valid=valid)
-                x = self.around[i](x, convolve, rng=rngs[2 * i + 1])
-            x = block(x, mask=mask, rng=rngs[2 * i + 2])
-            if self.told is not None and i + 1 == self.config.intermediate:
-                logits.append(self.units(self.norm(x)))
-                x = x + self.told(jax.nn.softmax(logits[-1]))
+        logits, after = [], self.config.intermediate
+        if self.told is not None:
+            x = self._layers(x, lengths, rngs[1:], slice(after))
+            logits.append(self.units(self.norm(x)))
+            x = x + self.told(jax.nn.softmax(logits[-1]))
+        x = self._layers(x, lengths, rngs[1:], slice(after, None))
         states = pin(self.norm(x), "batch", "length")
         return states, lengths, [*logits, self.units(states)]
+
+    def _layers(
+        self, x: Array, lengths: Array, rngs: list[Array | None], which: slice
+    ) -> Array:
+        """x (B, P, D) through some of the layers, each a block after a convolution, if any."""
+        valid, mask = _valid(x, lengths), masks.lengths(key=lengths)
+
+        def layer(parts: tuple[Any, ...], x: Array, drawn: Array | None) -> Array:
+            (block, *convolving), rngs = parts, (None, None) if drawn is None else drawn
+            if convolving:
+                convolution, around = convolving
+                convolve = functools.partial(convolution, valid=valid)
+                x = around(x, convolve, rng=rngs[0])
+            return block(x, mask=mask, rng=rngs[1])
+
+        convolving = (self.convolutions, self.around)
+        parts = zip(self.blocks, *(convolving if self.config.convolution else ()))
+        return run_blocks(
+            list(parts)[which],
+            x,
+            pairs_of_keys(rngs)[which],
+            layer,
+            remat=self.config.remat,
+            scan=self.config.scan_layers,
+        )
 
 
 class Decoder(nnx.Module):
@@ -189,6 +220,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         """Draws float32 parameters from the stream "params" of rngs."""
+        self.config = config
         self.embedding = Embedding(config.vocabulary, config.d_model, rngs=rngs)
         self.positions = AddPositions(
             config.d_model, dropout_rate=config.dropout, rngs=rngs
@@ -208,8 +240,16 @@ class Decoder(nnx.Module):
         places = jnp.arange(tokens.shape[1])[None]
         x = self.positions(self.embedding(tokens), places, rng=rngs[0])
         seen = masks.lengths(key=lengths)
-        for block, block_rng in zip(self.blocks, rngs[1:]):
-            x = block(x, states, mask=masks.causal(), memory_mask=seen, rng=block_rng)
+        x = run_blocks(
+            self.blocks,
+            x,
+            rngs[1:],
+            lambda block, x, drawn: block(
+                x, states, mask=masks.causal(), memory_mask=seen, rng=drawn
+            ),
+            remat=self.config.remat,
+            scan=self.config.scan_layers,
+        )
         return self.embedding.logits(self.norm(x))
 
     def init_cache(

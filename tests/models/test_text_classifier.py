@@ -11,7 +11,6 @@ from flax import nnx
 from qkv_jax.layers import AttentionKind
 from qkv_jax.models import text_classifier
 from qkv_jax.models.text_classifier import PAD, Config, Model
-from tests.models import again
 
 SMALL = Config(classes=3, vocabulary=23, d_model=8, heads=2, d_ff=12, layers=1)
 KINDS = {
@@ -158,18 +157,6 @@ def test_every_size_matters(change):
     assert np.abs(other - logits(config, batch)).max() > 1e-4
 
 
-@pytest.mark.parametrize(
-    "way", [{"scan_layers": True}, {"remat": "dots"}, {"remat": "everything"}]
-)
-def test_blocks_in_a_loop_or_computed_again_compute_the_same(way):
-    config, batch = dataclasses.replace(KINDS["long"], layers=2), make_batch()
-    plain, other = make(config), make(dataclasses.replace(config, **way))
-    if "scan_layers" in way:
-        again.compute_the_same(plain, other, batch)
-    counts = [again.count(x, batch, "dot_general", "scan") for x in (plain, other)]
-    assert counts[0] != counts[1]
-
-
 @pytest.mark.parametrize("rate", ["dropout", "masking", "smoothing"])
 def test_every_rate_matters_in_training_alone(rate):
     still = dataclasses.replace(SMALL, dropout=0.0, masking=0.0, smoothing=0.0)
@@ -220,7 +207,6 @@ def test_the_three_presets_are_what_they_say():
         ),
         ({"vector_stddev": 0.0}, "vector_stddev must be positive"),
         ({"window": 3}, "window must be even"),
-        ({"remat": "some"}, "remat must be one of .*'dots'"),
         ({"remat": "dots", "layers": 0}, "are of blocks that are applied once"),
         ({"scan_layers": True, "halting": 0.1}, "are of blocks that are applied once"),
     ],

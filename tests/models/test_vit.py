@@ -10,7 +10,6 @@ from qkv_jax.models import vit
 from qkv_jax.models.image_classification import PixelChanges
 from qkv_jax.ops import patterns
 from qkv_jax.training import MeshConfig
-from tests.models import again
 from tests.models.images import build, logits, loss_sums, make_batch
 from tests.tasks.steps import step_losses
 
@@ -124,22 +123,6 @@ def test_a_layer_attends_as_its_pattern_says(kind, mask):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "way, attention",
-    (
-        ({"scan_layers": True, "remat": "everything"}, ("local",)),
-        ({"remat": "dots"}, ("rows", "columns")),
-    ),
-    ids=("loop", "patterns"),
-)
-def test_layers_in_a_loop_or_computed_again_compute_the_same(way, attention):
-    config = dataclasses.replace(TINY, attention=attention)
-    plain, other = build(vit, config), build(vit, dataclasses.replace(config, **way))
-    again.compute_the_same(plain, other, BATCH)
-    counts = [again.count(x, BATCH, "dot_general", "scan") for x in (plain, other)]
-    assert counts[0] != counts[1]
-
-
 def test_a_sheet_is_small_images_side_by_side():
     model = build(vit, SHEET)
     images = jnp.asarray(make_batch(SHEET, 8)["image"], jnp.float32) / 255
@@ -180,7 +163,6 @@ def test_a_mesh_learns_what_one_device_learns():
         ({"cell": 10}, "cell must hold an image of 8 x 12; got 10"),
         ({"patch": 5}, "patch must divide"),
         ({"classes": 0}, "classes must be positive"),
-        ({"remat": "some"}, "remat must be one of .*'dots'"),
         (
             {"attention": ("rows", "columns"), "scan_layers": True},
             "scan_layers needs attention of one pattern",
