@@ -4,8 +4,10 @@ import contextlib
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import io
 import itertools
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -51,6 +53,7 @@ def parse(name: str, kind: Any, arguments: list[str], default: Any = None) -> An
         option = argument.split("=")[0].replace("_", "-")
         if option.startswith("--") and option not in known:
             raise UsageError(f"unknown option {option}{nearest(option, known)}")
+    _describe_each(kind, default)
     printed = io.StringIO()
     keywords = {} if default is None else {"default": default}
     try:
@@ -83,6 +86,26 @@ def _options(kind: Any, default: Any, prefix: str = "") -> Iterable[str]:
             yield f"--{prefix}{name}"
             if isinstance(value, bool):
                 yield f"--{prefix}no-{name}"
+
+
+def _describe_each(kind: Any, default: Any) -> None:
+    """What a docstring says of several attributes at once is said of each: tyro wants it so."""
+    for owner in kind.__mro__:
+        if dataclasses.is_dataclass(owner):
+            owner.__doc__ = _TOGETHER.sub(_apart, inspect.cleandoc(owner.__doc__ or ""))
+    for field in dataclasses.fields(kind):
+        value = getattr(default, field.name, field.default)
+        if dataclasses.is_dataclass(value):
+            _describe_each(type(value), value)
+
+
+_TOGETHER = re.compile(r"^ {4}(\w+(?:, \w+)+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
+
+
+def _apart(described: re.Match[str]) -> str:
+    names, text = described.groups()
+    said = f"{names.replace('_', '-')}: {text}"
+    return "\n".join(f"    {name}: {said}" for name in names.split(", "))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -359,14 +359,15 @@ def _train(sentences: Sequence[str], settings: dict) -> bytes:
 
 
 def _training_error(message: str, vocab_size: int) -> DataError:
+    asked = f"vocab_size {vocab_size:,} (--text.vocabulary)"
     if largest := re.search(r"value <= (\d+)", message):
         return DataError(
-            f"vocab_size {vocab_size:,} is larger than this text supports; "
+            f"{asked} is larger than this text supports; "
             f"the largest possible is {int(largest[1])}"
         )
     if smallest := re.search(r"required_chars\. \d+ vs (\d+)", message):
         return DataError(
-            f"vocab_size {vocab_size:,} is too small for the characters of this text; "
+            f"{asked} is too small for the characters of this text; "
             f"the smallest possible is {int(smallest[1])}, or lower character_coverage"
         )
     reason = message.partition("\n")[0].strip()

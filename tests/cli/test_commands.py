@@ -1,6 +1,7 @@
 """The command line: what each command does."""
 
 import io
+import itertools
 import json
 import re
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qkv_jax.cli import main, parsing
+from qkv_jax.cli import entry, main, parsing
 from qkv_jax.translation import demo
 from tests import compiling
 from tests.cli.toy import MULTI30K, ROOT, TINY_FILE
@@ -106,23 +107,28 @@ def test_the_demo_ends_with_a_table_of_what_it_did(
     assert (tmp_path / "runs" / "demo" / "result.json").exists()
 
 
-COMMANDS = [
+EXPERIMENTS = sorted(
+    file
+    for file in (ROOT / "experiments").rglob("*.py")
+    if "\nCONFIG = " in file.read_text()
+)
+HELP = [
     [],
-    ["train"],
-    ["train", str(MULTI30K)],
-    ["find-lr"],
-    ["evaluate"],
-    ["compare"],
-    ["translate"],
-    ["plot"],
-    ["align"],
-    ["demo"],
+    *([command] for command in entry.COMMANDS),
+    *(["train", str(file)] for file in EXPERIMENTS),
 ]
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command[:2]))
-def test_help_is_there_for_each_command(command, ask):
-    assert "usage" in ask(*command, "--help")[0].lower()
+@pytest.mark.parametrize("command", HELP, ids=lambda parts: Path(*parts[-1:]).stem)
+def test_help_says_of_each_option_what_it_does(command, ask, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")  # an option's form on one line
+    printed = "\n".join(line.strip("│").rstrip() for line in ask(*command, "--help"))
+    assert "usage" in printed.lower()
+    options = re.findall(r"^ --.*(?:\n  .*)*", printed, re.MULTILINE)
+    # After the option's form: on a line of its own, or after two spaces.
+    words = [re.split(r"\n *| {2,}", option, maxsplit=1)[1:] for option in options]
+    bare = [not text or text[0].startswith("(default") for text in words]
+    assert list(itertools.compress(options, bare)) == []
 
 
 def test_no_command_prints_the_usage(capfd):

@@ -59,7 +59,7 @@ def test_a_file_that_is_no_experiment_is_refused(tmp_path, fail, content, expect
         ("stray", "stray"),
         ("--data.directory {tmp}/none", "there is no directory"),
         ("--data.train train.en trian.de", "trian.de does not exist in"),
-        ("--text.vocabulary 5000", "larger than this text supports; the largest"),
+        ("--text.vocabulary 5000", "5,000 (--text.vocabulary) is larger than"),
         ("--text.filters.max-characters 1", "no training pair is left"),
     ],
 )
