@@ -121,7 +121,8 @@ def temporaries(module: Any, config: Any, batch: dict[str, np.ndarray]) -> float
         return nnx.merge(graph, params).loss(batch, rng=jax.random.key(1))[0]
 
     program = jax.jit(jax.value_and_grad(loss)).lower(params, batch).compile()
-    return program.memory_analysis().temp_size_in_bytes / 1e6
+    memory: Any = program.memory_analysis()
+    return memory.temp_size_in_bytes / 1e6
 
 
 def _ids(size: int, *shape: int) -> np.ndarray:
