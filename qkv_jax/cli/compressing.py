@@ -46,6 +46,8 @@ class Prune:
         out: new directory.
         heads: share of all attention heads that is removed, the least important first.
         even_heads: each layer loses the same share (CTranslate2 and transformers need that).
+        norm_in_layer: importance has norm 1 in each layer, as in Michel et al. 2019: all layers
+            matter as much. Else one that matters little loses more heads than others.
         gates: in the place of a share: the heads that training with --gates.penalty has closed.
         feed_forward: share of the units of each feed-forward layer that is removed.
         encoder_layers, decoder_layers: how many layers stay, those whose absence costs most.
@@ -60,6 +62,7 @@ class Prune:
     out: tyro.conf.Positional[Path]
     heads: float = 0.0
     even_heads: bool = False
+    norm_in_layer: bool = False
     gates: bool = False
     feed_forward: float = 0.0
     encoder_layers: int | None = None

@@ -27,6 +27,8 @@ class Pruning:
         heads: share of the heads of all attention layers, the least important first wherever they
             are; one stays in each layer. Where query heads share key heads, they go together.
         even_heads: whether each layer loses the same share.
+        norm_in_layer: whether the importance of heads has norm 1 in each layer, as its paper has
+            it; else a layer that matters little loses more of them. See `importance`.
         gates: heads that write nothing, which training with gates closed, see `GateConfig`; one
             stays in each layer. Nothing that the model computes changes.
         feed_forward: share of the units of each feed-forward layer.
@@ -35,6 +37,7 @@ class Pruning:
 
     heads: float = 0.0
     even_heads: bool = False
+    norm_in_layer: bool = False
     gates: bool = False
     feed_forward: float = 0.0
     encoder_layers: int | None = None
@@ -52,6 +55,11 @@ class Pruning:
                 raise ValueError(f"{name} must be at least 1, or None; got {count}.")
         if self.even_heads and not self.heads:
             raise ValueError("even_heads is of heads: give a share of them.")
+        if self.norm_in_layer and (self.even_heads or not self.heads):
+            raise ValueError(
+                "norm_in_layer weighs the heads of layers against each other: give a share of "
+                "heads, without even_heads."
+            )
         if self.gates and self.heads:
             raise ValueError(
                 "gates and heads both say which heads go: give one of them."
@@ -73,21 +81,26 @@ def importance(
     params: Any,
     batches: Iterable[Mapping[str, Array]],
     loss: Loss,
+    *,
+    norm_in_layer: bool = False,
 ) -> dict[str, np.ndarray]:
     """How much the loss of a sentence moves with a gate on each head and feed-forward unit.
 
-    The mean over rows of |d loss / d gate|, over its Euclidean norm in the layer.
+    The mean over rows of |d loss / d gate|, to first order what a row's loss changes by when the
+    gate is closed.
 
     Args:
         graph, params: of the model, in float.
         batches: arrays whose first axis is B.
         loss: a sum over rows, of which each depends on its own row alone.
+        norm_in_layer: divides by the Euclidean norm in the layer. Then no layer as a whole matters
+            more than another.
 
     Returns:
         By dotted name: of an attention layer (K,), its key heads with their query heads; of a
         feed-forward layer (F,).
 
-    Source: Michel et al. 2019, arXiv 1905.10650, equation 2 and section 4.1.
+    Source: Michel et al. 2019, arXiv 1905.10650, equation 2, and section 4.1 for norm_in_layer.
     """
 
     @jax.jit
@@ -108,10 +121,14 @@ def importance(
         return jax.tree.map(lambda x: jnp.abs(x).sum(0), jax.grad(gated)(gates))
 
     total: dict[str, Any] = {}
+    rows = 0
     for batch in batches:
+        rows += len(next(iter(batch.values())))
         found = jax.device_get(slopes(params, batch))
         total = {name: total.get(name, 0.0) + x for name, x in found.items()}
-    return {name: x / max(np.linalg.norm(x), 1e-30) for name, x in total.items()}
+    if norm_in_layer:
+        return {name: x / max(np.linalg.norm(x), 1e-30) for name, x in total.items()}
+    return {name: x / rows for name, x in total.items()}
 
 
 def choose(

@@ -43,7 +43,8 @@ from qkv_jax.translation.start import (
 
 # Which heads stayed, beside a pruned model; and what they were chosen by.
 PRUNED = "pruned.json"
-IMPORTANCE = "importance in its layer"
+IMPORTANCE = "importance: slope of a sentence's loss"
+IN_LAYER = "importance in its layer"
 GATES = "norm of output weights"
 # Of what importance is measured on.
 SENTENCES = 1024
@@ -125,7 +126,9 @@ def prune_model(
     try:
         config, places = _fewer_layers(module, config, what, batches, loss)
         graph, params = nnx.split(module, nnx.Param)
-        scores = importance(graph, params, batches, loss)
+        scores = importance(
+            graph, params, batches, loss, norm_in_layer=what.norm_in_layer
+        )
         config, kept = _narrower(module, config, what, scores)
     except ValueError as error:
         raise training.RunError(f"{model}: {error}") from error
@@ -135,7 +138,8 @@ def prune_model(
         _original(name, places): {"values": values.tolist(), "kept": stay.tolist()}
         for name, (values, stay) in kept.items()
     }
-    content = {"measure": GATES if what.gates else IMPORTANCE, "heads": heads}
+    measure = IN_LAYER if what.norm_in_layer else IMPORTANCE
+    content = {"measure": GATES if what.gates else measure, "heads": heads}
     write(start, out, made_of=model, languages=languages, beside={PRUNED: content})
     return start._replace(pretrained=None)
 

@@ -78,14 +78,20 @@ def test_importance_is_the_slope_of_a_gate():
     rows = [{name: x[i : i + 1] for name, x in BATCH.items()} for i in range(2)]
     wanted = products(rows[0]) + products(rows[1])
     found = scores()["decoder.0.cross"]
-    np.testing.assert_allclose(found, wanted / jnp.linalg.norm(wanted), rtol=1e-3)
+    np.testing.assert_allclose(found, wanted / 2, rtol=1e-3)
 
 
 def test_units_that_write_nothing_have_no_importance():
     for name, x in scores().items():
         assert x.shape == ((10,) if name.endswith("feed_forward") else (3,))
-        norm = 0.0 if name.startswith(SPARE) else 1.0
-        np.testing.assert_allclose(np.linalg.norm(x), norm, rtol=1e-5)
+        assert np.any(x > 0) == (not name.startswith(SPARE))
+
+
+def test_importance_in_a_layer_has_norm_1_there():
+    found = importance(*halves(), [BATCH], loss, norm_in_layer=True)
+    for name, x in scores().items():
+        norm = np.linalg.norm(x) or 1.0
+        np.testing.assert_allclose(found[name], x / norm, rtol=1e-5)
 
 
 def test_a_pruned_model_computes_as_one_whose_units_write_nothing():
@@ -154,6 +160,11 @@ def test_the_layer_that_does_nothing_is_dropped():
         ({"feed_forward": -0.1}, "feed_forward must be in"),
         ({"encoder_layers": 0}, "encoder_layers must be"),
         ({"encoder_layers": 1, "even_heads": True}, "give a share"),
+        ({"feed_forward": 0.5, "norm_in_layer": True}, "give a share of heads"),
+        (
+            {"heads": 0.5, "even_heads": True, "norm_in_layer": True},
+            "without even_heads",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(options, message):

@@ -137,7 +137,12 @@ def test_a_pruned_model_is_smaller_and_is_used_as_any_other(finished, tmp_path):
 
 
 def test_a_pruned_model_is_trained_on_and_quantised(finished, corpus, tmp_path):
-    prune_model(finished, tmp_path / "out", Pruning(heads=0.34), pairs=PAIRS)
+    what = Pruning(heads=0.34, norm_in_layer=True)
+    prune_model(finished, tmp_path / "out", what, pairs=PAIRS)
+    measure, heads = kept_heads(tmp_path / "out")
+    assert measure == "importance in its layer"
+    norms = [np.linalg.norm(found["values"]) for found in heads.values()]
+    np.testing.assert_allclose(norms, 1.0, rtol=1e-5)
     config = toy.make_config(
         corpus, tmp_path / "on", steps=1, init_from=str(tmp_path / "out")
     )
