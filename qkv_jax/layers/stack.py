@@ -38,7 +38,8 @@ def run_blocks(
     """x through each block in turn.
 
     Args:
-        blocks: L modules, or tuples of modules, that change nothing of their own when called; none: x comes back.
+        blocks: L modules, or tuples of modules, that change nothing of their own when called;
+            none: x comes back.
         x: what the first one takes, and of the same shape and dtype what each gives.
         rngs: each block's.
         call: (block, x, rng) -> x; may read other arrays, of which gradients are made too.

@@ -10,23 +10,16 @@ import pytest
 from flax import nnx
 
 from qkv_jax.models import image_text, recommender, speech, text_classifier, vit
-from qkv_jax.models.image_classification import PixelChanges
 from tests.jaxprs import equations
-from tests.models import images, test_image_text, test_recommender, test_text_classifier
+from tests.models import (
+    images,
+    test_image_text,
+    test_recommender,
+    test_text_classifier,
+    test_vit,
+)
 from tests.tasks import emoji_toy, test_speech
 
-VIT = vit.Config(
-    height=8,
-    width=12,
-    channels=2,
-    classes=3,
-    patch=4,
-    d_model=8,
-    d_ff=12,
-    heads=2,
-    layers=2,
-    augmentation=PixelChanges(flip=False, shift=0),
-)
 CAPTIONS = emoji_toy.tiny(vocabulary=test_image_text.V, longest=test_image_text.T)
 # Of each model the module, a configuration of several layers, and a batch.
 MODELS: dict[str, tuple[Any, Any, Any]] = {
@@ -35,7 +28,7 @@ MODELS: dict[str, tuple[Any, Any, Any]] = {
         dataclasses.replace(test_text_classifier.KINDS["long"], layers=2),
         test_text_classifier.make_batch(),
     ),
-    "images": (vit, VIT, images.make_batch(VIT, 6)),
+    "images": (vit, test_vit.TINY, test_vit.BATCH),
     "items": (
         recommender,
         recommender.sasrec(**test_recommender.SMALL | {"layers": 2}),
@@ -69,12 +62,9 @@ def loss(name: str, **ways: Any) -> tuple[Any, Any]:
     return lambda p, batch: nnx.merge(graph, p).loss(batch, rng=rng)[0], params
 
 
-@each
-def test_a_loop_whose_layers_are_computed_again_computes_the_same(name):
-    (plain, params), (other, _) = (
-        loss(name),
-        loss(name, scan_layers=True, remat="everything"),
-    )
+def assert_the_same(name: str, ways: dict[str, Any], **shared: Any) -> None:
+    """A model has the same loss and gradients with these ways as without."""
+    (plain, params), (other, _) = loss(name, **shared), loss(name, **shared, **ways)
     found, expected = (
         jax.jit(jax.value_and_grad(function))(params, MODELS[name][-1])
         for function in (other, plain)
@@ -82,6 +72,15 @@ def test_a_loop_whose_layers_are_computed_again_computes_the_same(name):
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
     jax.tree.map(close, found, expected)
+
+
+@each
+def test_a_loop_whose_layers_are_computed_again_computes_the_same(name):
+    assert_the_same(name, {"scan_layers": True, "remat": "everything"})
+
+
+def test_layers_of_several_patterns_are_computed_again_too():
+    assert_the_same("images", {"remat": "dots"}, attention=("rows", "columns"))
 
 
 @each
@@ -96,22 +95,6 @@ def test_each_way_changes_the_program(name):
     dots, everything = (counts(remat=remat) for remat in ("dots", "everything"))
     assert loop[0] < plain[0] < dots[0] < everything[0]
     assert plain[1] == dots[1] == everything[1] < loop[1]
-
-
-def test_layers_of_several_patterns_are_computed_again_too():
-    patterns = {"attention": ("rows", "columns")}
-    found, expected = (
-        jax.jit(jax.value_and_grad(function))(params, MODELS["images"][-1])
-        for function, params in (
-            loss("images", **patterns, remat="dots"),
-            loss("images", **patterns),
-        )
-    )
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
-        found,
-        expected,
-    )
 
 
 @each
