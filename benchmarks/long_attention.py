@@ -37,6 +37,7 @@ def kinds(longest: int) -> dict[str, AttentionKind]:
         "linear": AttentionKind(name="linear"),
         "performer 64": AttentionKind(name="performer", features=64),
         "linformer 64": AttentionKind(name="linformer", rank=64, longest=longest),
+        "entmax": AttentionKind(name="entmax"),
     }
 
 

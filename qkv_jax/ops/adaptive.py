@@ -5,6 +5,8 @@ see reference.py. Sources: Martins and Astudillo 2016, arXiv 1602.02068 (sparsem
 2019, arXiv 1905.05702 (entmax); Correia et al. 2019, arXiv 1909.00015 (learned alpha).
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -15,14 +17,29 @@ from qkv_jax.ops.scores import Score, supported
 
 Array = jax.Array
 
+# Of the search for a threshold, each an evaluation of all weights: 4 to 7 are usual, and every
+# eighth halves what is left.
+MOST_STEPS = 400
+
+
+class _Search(NamedTuple):
+    """For the threshold at which the weights of a row sum to 1; all but `steps` are (..., 1)."""
+
+    steps: Array | int
+    found: Array
+    low: Array
+    high: Array
+    at: Array
+
 
 def entmax(
     logits: Array, alpha: float | Array = 1.5, *, where: Array | None = None
 ) -> Array:
     """alpha-entmax over the last axis: a distribution with exact zeros.
 
-    By bisection on the threshold, as many halvings as the dtype has digits. Forward and reverse
-    mode to any order, for alpha, too; as exact beside alpha = 1 as elsewhere.
+    By Newton's method on the threshold, within bounds that are halved where it goes astray (only
+    past alpha = 2). Forward and reverse mode to any order, for alpha, too; as exact beside
+    alpha = 1 as elsewhere.
 
     Args:
         logits: (..., S) floating; -inf has weight 0.
@@ -105,29 +122,61 @@ def _entmax(logits: Array, alpha: Array) -> Array:
     top = logits.max(axis=-1, keepdims=True, initial=-jnp.inf)
     known = jnp.isfinite(top) | (top == -jnp.inf)
     scores = logits - jnp.where(jnp.isfinite(top), top, 0.0)
-    soft, spread = _spread(alpha)
+    # A whole row of alphas: explicit axes of a mesh do not broadcast in `where`.
+    soft, spread = _spread(alpha + jnp.zeros_like(top))
 
-    def weights(threshold: Array) -> Array:
-        """(1 + (alpha - 1) (score - threshold)) ** (1 / (alpha - 1)), which tends to exp."""
+    def weights(threshold: Array) -> tuple[Array, Array]:
+        """z ** (1 / (alpha - 1)), which tends to exp, and z = 1 + (alpha - 1) (score - threshold)."""
         over = scores - threshold
-        bent = jnp.log1p(jnp.maximum(spread * over, -1.0)) / spread
-        return jnp.exp(jnp.where(soft, over, bent))
+        bent = jnp.maximum(spread * over, -1.0)
+        p = jnp.exp(jnp.where(soft, over, jnp.log1p(bent) / spread))
+        return p, jnp.where(soft, 1.0, 1.0 + bent)
 
-    def halve(_, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = (low + high) / 2
-        enough = weights(middle).sum(axis=-1, keepdims=True) >= 1.0
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+    def nearer(search: _Search) -> _Search:
+        """One evaluation; what is found stays as it is."""
+        steps, found, low, high, at = search
+        p, z = weights(at)
+        total = p.sum(axis=-1, keepdims=True)
+        enough = total >= 1.0
+        low, high = jnp.where(enough, at, low), jnp.where(enough, high, at)
+        step = _step(total, p, z, soft, spread)
+        newton = jnp.where(convex, jnp.clip(at + step, low, high), at + step)
+        inside = convex | ((low < newton) & (newton < high))
+        near = ~(jnp.abs(total - 1.0) > exact) | (high - low <= eps * high)
+        near |= convex & (jnp.abs(step) <= eps * high)
+        follow = jnp.where(inside & (steps % 8 != 7), newton, (low + high) / 2)
+        to = jnp.where(near, jnp.where(inside, newton, at), follow)
+        return _Search(steps + 1, found | near, low, high, jnp.where(found, at, to))
 
     # At 0 the largest score has weight 1; at `most` even S of them sum to 1 at the most.
-    count = jnp.log(jnp.asarray(max(logits.shape[-1], 1), logits.dtype))
-    most = jnp.where(soft, count, -jnp.expm1(-spread * count) / spread)
-    halvings = jnp.finfo(logits.dtype).nmant + 4
-    bounds = jnp.zeros_like(top), jnp.broadcast_to(most, top.shape)
-    low, _ = jax.lax.fori_loop(0, halvings, halve, bounds)
-    found = weights(low)
+    size = max(logits.shape[-1], 1)
+    log_size = jnp.log(jnp.asarray(size, logits.dtype))
+    most = jnp.where(soft, log_size, -jnp.expm1(-spread * log_size) / spread)
+    # Its slope is never under 1, so that the threshold is as exact as the sum, or more.
+    eps, convex = jnp.finfo(logits.dtype).eps, spread <= 1.0
+    exact = eps * (8 + size**0.5)
+    nothing = ~jnp.isfinite(top)
+    none = jnp.where(nothing, 0.0, jnp.zeros_like(top))
+    search = _Search(0, nothing, none, none + most, none)
+    search = jax.lax.while_loop(
+        lambda search: ~search.found.all() & (search.steps < MOST_STEPS), nearer, search
+    )
+    found, _ = weights(search.at)
     total = found.sum(axis=-1, keepdims=True)
     return jnp.where(known, found / jnp.where(total == 0.0, 1.0, total), jnp.nan)
+
+
+def _step(total: Array, weights: Array, z: Array, soft: Array, spread: Array) -> Array:
+    """Newton's, to where the norm of order 1 / (alpha - 1) of all z is 1.
+
+    The norm is convex in the threshold up to alpha = 2, so that a step never goes past what is
+    sought from below it, and where all scores that count are equal, or alpha is 1, one step finds it.
+    """
+    slope = jnp.where(z > 0.0, weights / jnp.where(z > 0.0, z, 1.0), 0.0)
+    log = jnp.log(total)
+    gap = jnp.where(soft, log, jnp.expm1(spread * log) / spread)
+    share = jnp.where(soft, total, jnp.exp((1.0 - spread) * log))
+    return gap * share / slope.sum(axis=-1, keepdims=True)
 
 
 @_entmax.defjvp
@@ -140,19 +189,18 @@ def _entmax_jvp(primals, tangents):
     (logits, alpha), (d_logits, d_alpha) = primals, tangents
     p = _entmax(logits, alpha)
     support = p != 0.0
-    safe = jnp.where(support, p, 1.0)
-    slope = jnp.where(support, safe ** (2.0 - alpha), 0.0)
+    log = jnp.log(jnp.where(support, p, 1.0))
+    slope = jnp.where(support, jnp.exp((2.0 - alpha) * log), 0.0)
     whole = slope.sum(axis=-1, keepdims=True)
     share = slope / jnp.where(whole == 0.0, 1.0, whole)
     along = slope * jnp.where(support, d_logits, 0.0)
-    along = along - d_alpha * _bend(jnp.where(support, p, 0.0), safe, slope, alpha)
+    along = along - d_alpha * _bend(jnp.where(support, p, 0.0), log, slope, alpha)
     return p, along - share * along.sum(axis=-1, keepdims=True)
 
 
-def _bend(p: Array, safe: Array, slope: Array, alpha: Array) -> Array:
+def _bend(p: Array, log: Array, slope: Array, alpha: Array) -> Array:
     """p (e^x - 1 - x) / (alpha - 1)^2 with x = -(alpha - 1) log p, and slope = p e^x."""
     _, spread = _spread(alpha)
-    log = jnp.log(safe)
     x = (1.0 - alpha) * log
     small = jnp.minimum(x, 1.0)
     series = jnp.ones_like(x)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qkv_jax.ops import masks, scores
+from qkv_jax.ops import adaptive, masks, scores
 from qkv_jax.ops.adaptive import entmax, entmax_attention, sparsemax
 from tests.ops.test_attention import normal, qkv
 
@@ -46,6 +46,54 @@ def test_entmax_equals_bisection_in_numpy(alpha):
         np.testing.assert_allclose(entmax(logits, alpha), wanted, atol=1e-12)
     got = jax.jit(entmax)(logits.astype(np.float32), alpha)
     np.testing.assert_allclose(got, wanted, atol=1e-6)
+
+
+def hard_rows(S, rng):
+    return np.stack(
+        [
+            np.zeros(S),
+            np.where(rng.random(S) < 0.5, 0.0, -0.3),
+            np.where(np.arange(S) == 1, 3.0, 0.01 * rng.normal(size=S)),
+            rng.standard_cauchy(S),
+            np.where(rng.random(S) < 0.9, -np.inf, rng.normal(size=S)),
+        ]
+    ).astype(np.float32)
+
+
+@pytest.mark.parametrize("S", [2, 33, 2048])
+@pytest.mark.parametrize("alpha", [1.0, 1.0001, 1.05, 1.5, 2.0, 2.5])
+def test_no_row_keeps_the_search_for_long(alpha, S, monkeypatch):
+    monkeypatch.setattr(adaptive, "MOST_STEPS", 12 if alpha <= 2.0 else 30)
+    logits = hard_rows(S, np.random.default_rng(S))
+    wanted = [by_bisection(row, np.float64(np.float32(alpha))) for row in logits]
+    got = jax.jit(lambda x: entmax(x, alpha))(logits)  # traced anew
+    np.testing.assert_allclose(got, wanted, atol=2e-6)
+    assert np.abs(got - np.array(wanted)).sum(axis=-1).max() < 1e-5
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_over_devices_as_on_one(explicit):
+    kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (kind, kind))
+    P = jax.sharding.PartitionSpec
+    logits, alphas = normal(8, 4, 5, 6), np.array([1.0, 1.3, 1.5, 2.0], np.float32)
+    slopes = jax.value_and_grad(
+        lambda x, a: jnp.sum(jnp.sin(entmax(x, a[:, None]))), (0, 1)
+    )
+    wanted = jax.jit(slopes)(logits, alphas)
+    with jax.set_mesh(mesh):
+        places = (P("data", "model"), P("model"))
+        x, a = (
+            jax.device_put(x, jax.sharding.NamedSharding(mesh, place))
+            for x, place in zip((logits, alphas), places, strict=True)
+        )
+        got = jax.jit(slopes)(x, a)
+        alone = jax.shard_map(
+            lambda x, a: entmax(x, a[:, None]), in_specs=places, out_specs=places[0]
+        )
+        weights = jax.jit(alone)(x, a)
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-5), got, wanted)
+    np.testing.assert_allclose(weights, entmax(logits, alphas[:, None]), atol=1e-6)
 
 
 def test_sparsemax_equals_the_closed_form_and_has_exact_zeros():
