@@ -17,12 +17,29 @@ from qkv_jax.training.distributed import on_first
 from qkv_jax.training.errors import DamagedCheckpoint, RunError
 
 SIZES_FILE = "files.json"
+WORTH_SLICING = 2**20  # bytes of one device's slice
+
+
+def tree_handler() -> ocp.PyTreeCheckpointHandler:
+    """Writes and reads arrays; of those that every device has, the small ones are one device's to write.
+
+    Left to itself, orbax has each device write its slice of every such array, and so compiles a
+    program for each shape and device: 15 s before the first checkpoint of 40 shapes on 8 devices.
+    """
+    of_types = ocp.type_handlers
+    arrays = of_types.ArrayHandler(min_slice_bytes_for_replica_parallel=WORTH_SLICING)
+    return ocp.PyTreeCheckpointHandler(
+        type_handler_registry=of_types.create_type_handler_registry(
+            (np.ndarray, of_types.NumpyHandler()), (jax.Array, arrays)
+        )
+    )
 
 
 def save_arrays(place: Path, arrays: Mapping[str, Any]) -> None:
     """Writes arrays by name, with the sizes of their files."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(place.absolute() / "params", dict(arrays), force=True)
+    with ocp.Checkpointer(tree_handler()) as checkpointer:
+        saved = ocp.args.PyTreeSave(dict(arrays))
+        checkpointer.save(place.absolute() / "params", args=saved, force=True)
     on_first(lambda: write_sizes(place))
 
 
@@ -69,7 +86,7 @@ def restore_arrays(
 ) -> dict[str, Any]:
     """One item's arrays: where `like` says, or as numpy arrays where it has no shardings."""
     directory = checkpoint / item
-    handler = ocp.PyTreeCheckpointHandler()
+    handler = tree_handler()
     try:
         saved = handler.metadata(directory).tree
     except Exception as error:

@@ -29,6 +29,7 @@ from qkv_jax.training.array_files import (
     load_arrays,
     restore_arrays,
     save_arrays,
+    tree_handler,
     unflatten,
     without_places,
     write_sizes,
@@ -75,6 +76,7 @@ class CheckpointStore:
                 cleanup_tmp_directories=True,
                 async_options=on_commit,
             ),
+            handler_registry=_handlers(),
         )
 
     def __enter__(self) -> Self:
@@ -96,7 +98,7 @@ class CheckpointStore:
         self._save_constant(state)
         self._policy.best_step = progress.get("best_step")
         items = {
-            name: ocp.args.StandardSave(item) for name, item in _items(state).items()
+            name: ocp.args.PyTreeSave(item) for name, item in _items(state).items()
         }
         items[PROGRESS] = ocp.args.JsonSave(dict(progress))
         try:
@@ -286,7 +288,7 @@ def restore_masks(directory: str | os.PathLike, params: Any) -> Masks | None:
     if not (checkpoint / "masks").is_dir():
         return None
     try:
-        saved = ocp.PyTreeCheckpointHandler().metadata(checkpoint / "masks").tree
+        saved = tree_handler().metadata(checkpoint / "masks").tree
     except Exception as error:
         raise cut_short(checkpoint, error) from error
     names = {name.removesuffix(".value") for name in saved}
@@ -339,6 +341,13 @@ class _KeepLatestAndBest(PreservationPolicy):
         return [
             i >= first or c.step == self.best_step for i, c in enumerate(checkpoints)
         ]
+
+
+def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+    handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    handlers.add(None, ocp.args.PyTreeSave, tree_handler())
+    handlers.add(None, ocp.args.JsonSave)
+    return handlers
 
 
 def _items(state: TrainState) -> dict[str, dict[str, Any]]:
