@@ -61,11 +61,12 @@ clean:
 
 comma := ,
 # $(call install,ENVIRONMENT,CONSTRAINTS,EXTRAS). The build backend comes from the constraints
-# as well, so nothing is installed in a version that they do not name.
+# as well, so nothing is installed in a version that they do not name. Modules are compiled as they
+# are first imported: of most packages that is a part, and to compile all takes half of the set-up.
 define install
 @$(1)/bin/python -m pip install -q --disable-pip-version-check -c $(2) --upgrade pip
 @$(1)/bin/python -m pip install -q --disable-pip-version-check -c $(2) hatchling editables
-@$(1)/bin/python -m pip install -q --disable-pip-version-check -c $(2) --no-build-isolation -e '.[$(3)]'
+@$(1)/bin/python -m pip install -q --no-compile --disable-pip-version-check -c $(2) --no-build-isolation -e '.[$(3)]'
 endef
 
 %/bin/python:
