@@ -23,7 +23,7 @@ def corpus(tmp_path_factory) -> Path:
 def finished(corpus, tmp_path_factory) -> Path:
     """The directory of a finished run of `toy.make_config`; tests only read it."""
     directory = tmp_path_factory.mktemp("runs") / "finished"
-    toy.run(toy.make_config(corpus, directory))
+    toy.run(toy.make_config(corpus, directory), draws=True)
     return directory
 
 

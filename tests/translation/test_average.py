@@ -1,6 +1,7 @@
 """The mean of models that went on from the same weights."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from qkv_jax.translation import load_run, load_translator
 from qkv_jax.translation.average import AVERAGED, average_models
 from qkv_jax.translation.compress import compress_model, prune_model
 from qkv_jax.translation.exchange import export_model
+from qkv_jax.translation.run import prepare
 from qkv_jax.translation.start import load_start
 from tests.translation import toy
 
@@ -111,8 +113,13 @@ def test_models_that_have_no_mean_are_refused(finished, tuned, tmp_path):
     text = toy.write_corpus(tmp_path / "text")
     for file in (text / "train.en", text / "train.de"):
         file.write_text(file.read_text().replace("n", "q").replace("e", "n"))
-    toy.run(toy.make_config(text, tmp_path / "other", steps=1))
-    refused(tmp_path / "other", "another tokeniser")
+    other = shutil.copytree(finished, tmp_path / "other")
+    tokenizer = prepare(toy.make_config(text, other)).tokenizer
+    tokenizer.save(other / "tokenizer")
+    config = json.loads((other / "config.json").read_text("utf-8"))
+    config["tokenizer"] = tokenizer.digest
+    (other / "config.json").write_text(json.dumps(config), "utf-8")
+    refused(other, "another tokeniser")
 
 
 def test_a_directory_in_use_is_not_written_to(finished, tuned):

@@ -29,7 +29,7 @@ def config(corpus, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(config):
-    return toy.run(config)
+    return toy.run(config, draws=True)
 
 
 def test_it_is_trained_on_a_mesh_and_tested(config, result):

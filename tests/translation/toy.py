@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from qkv_jax.data import ParallelData
@@ -81,9 +82,12 @@ def make_config(
     return dataclasses.replace(config, **changes)
 
 
-def run(config: TranslationConfig) -> dict[str, Any]:
-    """Trains quietly."""
-    return train_task(config, console=Console(file=io.StringIO()))
+def run(config: TranslationConfig, *, draws: bool = False) -> dict[str, Any]:
+    """Trains quietly; its pictures take longer than its steps, and few tests look at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not draws:
+            patch.setattr("qkv_jax.translation.draw.draw_run", lambda *_: None)
+        return train_task(config, console=Console(file=io.StringIO()))
 
 
 def contents(directory: Path) -> dict[str, bytes]:
