@@ -57,17 +57,21 @@ def program(kind: AttentionKind, length: int) -> tuple[Any, tuple]:
     return jax.jit(step).lower(params, x).compile(), (params, x)
 
 
-def measure(lengths: tuple[int, ...], rounds: int, budget: float) -> dict[str, Any]:
+def measure(
+    lengths: tuple[int, ...], rounds: int, budget: float, memory: float
+) -> dict[str, Any]:
     """Median seconds and MiB of each kind at each length.
 
-    A kind whose next length would take more than `budget` seconds a call is not run there.
+    A kind whose next length may take more than `budget` seconds or `memory` MiB a call is not run there.
     """
     found: dict[str, Any] = {name: {} for name in kinds(max(lengths))}
     for length in lengths:
         programs = {}
         for name, kind in kinds(max(lengths)).items():
             last = list(found[name].values())[-1:]
-            if last and last[0]["seconds"] * 4 > budget:
+            if last and (
+                last[0]["seconds"] * 4 > budget or last[0]["MiB"] * 4 > memory
+            ):
                 continue
             programs[name] = program(kind, length)
         times: dict[str, list[float]] = {name: [] for name in programs}
@@ -130,6 +134,7 @@ def main(
     lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768),
     rounds: int = 5,
     budget: float = 60.0,
+    memory: float = 8192.0,
     output: Path | None = None,
 ) -> None:
     """Kinds of attention against length.
@@ -138,10 +143,11 @@ def main(
         lengths: tokens of the sequence.
         rounds: turns of each kind.
         budget: seconds that a call may take.
+        memory: MiB that it may set aside.
         output: directory for the numbers and the picture.
     """
     print(f"jax {jax.__version__}, {len(os.sched_getaffinity(0))} cores, D = {D}")
-    found = measure(lengths, rounds, budget)
+    found = measure(lengths, rounds, budget, memory)
     slopes = exponents(found)
     for name, slope in slopes.items():
         print(

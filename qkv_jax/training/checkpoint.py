@@ -346,7 +346,6 @@ class _KeepLatestAndBest(PreservationPolicy):
 def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
     handlers.add(None, ocp.args.PyTreeSave, tree_handler())
-    handlers.add(None, ocp.args.JsonSave)
     return handlers
 
 

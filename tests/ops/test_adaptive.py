@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qkv_jax.ops import adaptive, masks, scores
 from qkv_jax.ops.adaptive import entmax, entmax_attention, sparsemax
 from tests.ops.test_attention import normal, qkv
+from tests.ops.test_context_parallel import mesh_of
 
 
 def by_bisection(logits, alpha):
@@ -71,20 +73,18 @@ def test_no_row_keeps_the_search_for_long(alpha, S, monkeypatch):
     assert np.abs(got - np.array(wanted)).sum(axis=-1).max() < 1e-5
 
 
-@pytest.mark.parametrize("explicit", [False, True])
-def test_over_devices_as_on_one(explicit):
-    kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
-    mesh = jax.make_mesh((4, 2), ("data", "model"), (kind, kind))
-    P = jax.sharding.PartitionSpec
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_over_devices_as_on_one(kind):
+    mesh = mesh_of(kind, data=4, model=2)
     logits, alphas = normal(8, 4, 5, 6), np.array([1.0, 1.3, 1.5, 2.0], np.float32)
     slopes = jax.value_and_grad(
         lambda x, a: jnp.sum(jnp.sin(entmax(x, a[:, None]))), (0, 1)
     )
     wanted = jax.jit(slopes)(logits, alphas)
     with jax.set_mesh(mesh):
-        places = (P("data", "model"), P("model"))
+        places = (PartitionSpec("data", "model"), PartitionSpec("model"))
         x, a = (
-            jax.device_put(x, jax.sharding.NamedSharding(mesh, place))
+            jax.device_put(x, NamedSharding(mesh, place))
             for x, place in zip((logits, alphas), places, strict=True)
         )
         got = jax.jit(slopes)(x, a)
